@@ -1,0 +1,41 @@
+"""What every launcher asks before it launches: does Triton run here, and on which architecture.
+
+Knows: devices and Triton's interpreter. Knows nothing of any kernel.
+"""
+
+import os
+from functools import lru_cache
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """True when the Triton kernel runs for `x`; False when the launcher runs its torch reference (CPU tensors)."""
+    return x.is_cuda or INTERPRET
+
+
+@lru_cache(maxsize=None)
+def architecture(device: torch.device) -> str:
+    """'sm_90', 'gfx942', ... of a device: the key of the tile tables. CPU tensors (interpreter) give 'cpu'."""
+    if device.type != "cuda":
+        return "cpu"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with `message`, which starts with the argument's name, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_same(name: str, x: torch.Tensor, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `x` has this device and dtype."""
+    if x.device != device:
+        raise ValueError(f"{name}: is on {x.device}, expected {device}")
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: has dtype {x.dtype}, expected {dtype}")

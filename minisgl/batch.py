@@ -1,0 +1,40 @@
+"""What one forward pass needs: packed tensors, and the shape legend of everything below the engine.
+
+Legend
+    T  packed tokens of the step: first one token of each decoding row, then the prefill chunks, end to end
+    S  sequences of the step: B decoding rows, then S - B prefill chunks
+    N  sampled positions: one for each decoding row and one for each chunk that ends its prompt
+    R  rows of the row table (running requests), M pages a row may have, P pages of the KV cache
+    H  query heads, K KV heads, D head dim, V vocabulary
+
+Knows shapes only. `Engine` makes it from a scheduler's `Step`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one forward pass; int32 on the model's device unless said."""
+
+    input_ids: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T] place of each token in its own text
+    slots: torch.Tensor  # [T] page * page_size + place in the page of the token's KV; -1: already stored, do not write
+    rows: torch.Tensor  # [S] row table index of each sequence
+    kv_lens: torch.Tensor  # [S] tokens each sequence attends to, those of this step included
+    num_decode: int  # B: sequences 0..B-1 have one token each, tokens 0..B-1
+    max_decode_len: int  # bound on kv_lens[:B], known on the host
+    cu_seqlens: torch.Tensor  # [S - B + 1] offsets of the chunks' tokens, counted from token B; starts with 0
+    tiles: torch.Tensor  # [num_tiles, 2] (chunk, query block) of each prefill attention tile
+    sample_index: torch.Tensor  # [N] packed token whose logits are sampled
+    page_table: torch.Tensor  # [R, M] page ids of each row
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, in pages."""
+
+    keys: torch.Tensor  # [layers, P, page_size, K, D]
+    values: torch.Tensor  # [layers, P, page_size, K, D]

@@ -1,0 +1,83 @@
+"""Every setting of the engine, with its default, range and help text. The command line is made from this table.
+
+Knows names, ranges and defaults. Does not know devices or models: `Engine` resolves "auto" once, through `replace`.
+"""
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from minisgl.errors import MinisglError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    flag: str | None = None,
+) -> Any:
+    """A dataclass field with what its command-line flag and its check need; `flag` renames or hides ("") the flag."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "flag": flag})
+
+
+def accepted(setting: Field[Any]) -> str:
+    """The accepted range of a field in words: 'one of radix, none', 'at least 1', 'from 0 to 1'."""
+    choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
+    if choices:
+        return "one of " + ", ".join(choices)
+    if low is not None and high is not None:
+        return f"from {low} to {high}"
+    return f"at least {low}" if low is not None else f"at most {high}"
+
+
+def check_fields(settings: Any, error: type[MinisglError]) -> None:
+    """Check each field of a dataclass made of `option`s against its type and range; None always means 'default'."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if value is None or not setting.metadata:
+            continue
+        kind = str(setting.type).split(" |")[0]
+        if kind in ("int", "float"):
+            right = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+            if not right or value != value:
+                raise error(f"{setting.name} is {value!r}; it must be {'an integer' if kind == 'int' else 'a number'}")
+            low, high = setting.metadata["low"], setting.metadata["high"]
+            if (low is not None and value < low) or (high is not None and value > high):
+                raise error(f"{setting.name} is {value}; it must be {accepted(setting)}")
+        elif kind == "bool":
+            if not isinstance(value, bool):
+                raise error(f"{setting.name} is {value!r}; it must be true or false")
+        elif kind == "str":
+            choices = setting.metadata["choices"]
+            if not isinstance(value, str) or (choices and value not in choices):
+                raise error(f"{setting.name} is {value!r}; it must be {accepted(setting) if choices else 'a string'}")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """All engine settings. Frozen: `Engine` derives the resolved one, and everything later reads that."""
+
+    model: str = option("", "Model folder or Hugging Face id. [default: the demo model that ships with minisgl]", flag="")
+    dtype: str = option(
+        "auto",
+        "Weights and KV cache type; auto is the checkpoint's own on a GPU and float32 on a CPU.",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is the GPU when there is one.")
+    load_format: str = option("auto", "auto reads safetensors; dummy draws random weights.", choices=("auto", "dummy"))
+    max_len: int | None = option(None, "Longest prompt plus output, in tokens. [default: the model's context]", low=2)
+    max_running: int = option(256, "Most requests that run at once.", low=1, high=65536)
+    max_step_tokens: int = option(8192, "Most tokens in one forward pass; longer prompts run in chunks.", low=1)
+    page_size: int = option(64, "Tokens in one KV page: a power of two.", low=16, high=256)
+    num_pages: int | None = option(None, "KV pages. [default: what --memory-fraction leaves]", low=1)
+    memory_fraction: float = option(0.9, "Share of the device's memory for weights, activations and KV.", low=0.05, high=0.99)
+    cache: str = option("radix", "Prefix cache: radix reuses the KV of shared prefixes.", choices=("radix", "none"))
+    evict: str = option("lru", "Which cached prefixes go first when pages run out.", choices=("lru", "lfu", "fifo"))
+    seed: int = option(0, "Seed of requests that name none, and of dummy weights.", low=0, high=2**63 - 1)
+
+    def __post_init__(self) -> None:
+        check_fields(self, MinisglError)
+        if self.page_size & (self.page_size - 1):
+            raise MinisglError(f"page_size is {self.page_size}; it must be a power of two from 16 to 256")
