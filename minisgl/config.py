@@ -59,7 +59,9 @@ def check_fields(settings: Any, error: type[MinisglError]) -> None:
 class EngineConfig:
     """All engine settings. Frozen: `Engine` derives the resolved one, and everything later reads that."""
 
-    model: str = option("", "Model folder or Hugging Face id. [default: the demo model that ships with minisgl]", flag="")
+    model: str = option(
+        "", "Model folder or Hugging Face id. [default: the demo model that ships with minisgl]", flag=""
+    )
     dtype: str = option(
         "auto",
         "Weights and KV cache type; auto is the checkpoint's own on a GPU and float32 on a CPU.",
@@ -72,7 +74,9 @@ class EngineConfig:
     max_step_tokens: int = option(8192, "Most tokens in one forward pass; longer prompts run in chunks.", low=1)
     page_size: int = option(64, "Tokens in one KV page: a power of two.", low=16, high=256)
     num_pages: int | None = option(None, "KV pages. [default: what --memory-fraction leaves]", low=1)
-    memory_fraction: float = option(0.9, "Share of the device's memory for weights, activations and KV.", low=0.05, high=0.99)
+    memory_fraction: float = option(
+        0.9, "Share of the device's memory for weights, activations and KV.", low=0.05, high=0.99
+    )
     cache: str = option("radix", "Prefix cache: radix reuses the KV of shared prefixes.", choices=("radix", "none"))
     evict: str = option("lru", "Which cached prefixes go first when pages run out.", choices=("lru", "lfu", "fifo"))
     seed: int = option(0, "Seed of requests that name none, and of dummy weights.", low=0, high=2**63 - 1)

@@ -25,12 +25,18 @@ class SamplingParams:
 
     max_tokens: int | None = option(None, "Most tokens to generate. [default: 1024]", low=1)
     temperature: float | None = option(None, "0 is greedy. [default: the model's, or 1]", low=0, high=100)
-    top_p: float | None = option(None, "Keep the likeliest tokens that sum to this. [default: the model's, or 1]", low=0, high=1)
-    top_k: int | None = option(None, "Keep the k likeliest tokens; 0 or -1 keeps all. [default: the model's, or 0]", low=-1)
+    top_p: float | None = option(
+        None, "Keep the likeliest tokens that sum to this. [default: the model's, or 1]", low=0, high=1
+    )
+    top_k: int | None = option(
+        None, "Keep the k likeliest tokens; 0 or -1 keeps all. [default: the model's, or 0]", low=-1
+    )
     min_p: float | None = option(
         None, "Drop tokens less likely than this share of the likeliest. [default: the model's, or 0]", low=0, high=1
     )
-    seed: int | None = option(None, "Same seed, same text. [default: drawn from the engine's seed]", low=0, high=2**63 - 1)
+    seed: int | None = option(
+        None, "Same seed, same text. [default: drawn from the engine's seed]", low=0, high=2**63 - 1
+    )
     ignore_eos: bool | None = option(None, "Go on after an end-of-text token. [default: false]")
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -82,13 +88,15 @@ class Result:
 
 
 class Request:
-    """A request inside the engine. The scheduler moves it; `tokens[:num_tokens]` is what is known of its text.
+    """A request inside the engine: its tokens, and where the scheduler has it.
 
-    tokens  # int32 [max_total]: prompt, then output; `length` of them have their KV stored (or being stored by the step
-    in flight). A prompt is computed when length reaches num_tokens - 1 and the last token's step samples the next.
+    tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or will
+    be by the step in flight.
     """
 
-    def __init__(self, index: int, prompt_ids: list[int], params: SamplingParams, max_total: int, eos_ids: frozenset[int]):
+    def __init__(
+        self, index: int, prompt_ids: list[int], params: SamplingParams, max_total: int, eos_ids: frozenset[int]
+    ):
         self.index = index
         self.params = params
         self.num_prompt = len(prompt_ids)
@@ -98,12 +106,16 @@ class Request:
         self.tokens[: self.num_prompt] = prompt_ids
         self.num_tokens = self.num_prompt
 
+        # The scheduler's:
         self.row: int | None = None
         self.pages: list[int] = []
+        self.num_shared = 0  # of the pages, the first that belong to the prefix tree
         self.length = 0
-        self.cached_tokens: int | None = None  # of the prompt, found when it was first admitted
+        self.decoding = False  # its last token was sampled in this row, and is the next input
+        self.was_preempted = False
+        self.cached_tokens = 0  # of the prompt, found in the prefix tree and not computed
+
         self.finish_reason: FinishReason | None = None
-        self.output_text: str | None = None  # set when a stop string cut the text
 
     @property
     def num_output(self) -> int:
