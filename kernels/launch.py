@@ -4,7 +4,7 @@ Knows: devices and Triton's interpreter. Knows nothing of any kernel.
 """
 
 import os
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -16,7 +16,7 @@ def use_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or INTERPRET
 
 
-@lru_cache(maxsize=None)
+@cache
 def architecture(device: torch.device) -> str:
     """'sm_90', 'gfx942', ... of a device: the key of the tile tables. CPU tensors (interpreter) give 'cpu'."""
     if device.type != "cuda":

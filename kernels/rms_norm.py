@@ -13,7 +13,6 @@ Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 import torch
 import triton
 import triton.language as tl
-
 from minisgl.kernels.launch import check, check_same, use_triton
 
 
@@ -57,9 +56,7 @@ def _rms_norm_kernel(
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
-) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
     """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first.
 
     Returns y  # [T, D] in x's dtype. Raises ValueError for a wrong shape, stride, dtype or device.

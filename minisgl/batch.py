@@ -29,6 +29,8 @@ class Batch:
     cu_seqlens: torch.Tensor  # [S - B + 1] offsets of the chunks' tokens, counted from token B; starts with 0
     tiles: torch.Tensor  # [num_tiles, 2] (chunk, query block) of each prefill attention tile
     sample_index: torch.Tensor  # [N] packed token whose logits are sampled
+    sample_rows: torch.Tensor  # [N] row of each sample
+    sample_positions: torch.Tensor  # [N] place of the sampled token in its text
     page_table: torch.Tensor  # [R, M] page ids of each row
 
 

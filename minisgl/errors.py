@@ -1,4 +1,4 @@
-"""The error a user can cause. Every message says what was wrong and what to do about it."""
+"""The errors a user can cause. Every message says what was wrong and what to do about it."""
 
 
 class MinisglError(ValueError):
@@ -9,4 +9,8 @@ class MinisglError(ValueError):
 
 
 class RequestError(MinisglError):
-    """One request that cannot be served; the others go on."""
+    """One request that cannot be served; the others go on. `type` is a stable name that programs may compare."""
+
+    def __init__(self, message: str, type: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.type = type

@@ -1,7 +1,7 @@
 """The free list of KV pages.
 
-Knows which pages are free. Does not know who holds the others: a page is either free, held by one request, or held by the
-prefix tree, and the scheduler moves it between the three.
+Knows which pages are free. Does not know who holds the others: a page is either free, held by one request, or held by
+the prefix tree, and the scheduler moves it between the three.
 """
 
 

@@ -1,8 +1,9 @@
 """The prefix tree: which token prefixes have their KV in pages that may be read again.
 
-A radix tree over whole pages. A node holds a run of tokens and the pages of their KV; a child is found by the tokens of its
-first page. A request locks the node its prefix ends in, and with it every ancestor; what nobody locks can be evicted, from
-the leaves up. Nodes never grow: an insertion makes a new child, so a node's `born` says in which step all of it appeared.
+A radix tree over whole pages. A node holds a run of tokens and the pages of their KV; a child is found by the tokens of
+its first page. A request locks the node its prefix ends in, and with it every ancestor; what nobody locks can be
+evicted, from the leaves up. Nodes never grow: an insertion makes a new child, so a node's `born` says in which step all
+of it appeared.
 
 Knows token ids and page ids. Does not know requests, or what a page holds. Source of the idea: Zheng et al., "SGLang:
 Efficient Execution of Structured Language Model Programs", 2024.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from minisgl.config import check_fields, option
 from minisgl.errors import RequestError
@@ -18,7 +19,8 @@ MAX_STOP_STRINGS = 16
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. None means: the model's generation_config.json, then the default named here.
+    """How to choose tokens and when to stop. None means: the model's generation_config.json, then the default named
+    here.
 
     Sampling order: temperature, top_k, top_p, min_p (as in transformers). temperature 0 is greedy.
     """
@@ -90,20 +92,21 @@ class Result:
 class Request:
     """A request inside the engine: its tokens, and where the scheduler has it.
 
-    tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or will
-    be by the step in flight.
+    tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or
+    will be by the step in flight.
     """
 
     def __init__(
-        self, index: int, prompt_ids: list[int], params: SamplingParams, max_total: int, eos_ids: frozenset[int]
+        self, index: int, prompt_ids: npt.ArrayLike, params: SamplingParams, max_total: int, eos_ids: frozenset[int]
     ):
         self.index = index
         self.params = params
-        self.num_prompt = len(prompt_ids)
+        prompt = np.asarray(prompt_ids, np.int32)
+        self.num_prompt = len(prompt)
         self.max_total = max_total
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.tokens = np.empty(max_total, np.int32)
-        self.tokens[: self.num_prompt] = prompt_ids
+        self.tokens[: self.num_prompt] = prompt
         self.num_tokens = self.num_prompt
 
         # The scheduler's:
@@ -123,7 +126,8 @@ class Request:
 
     @property
     def output_ids(self) -> list[int]:
-        return self.tokens[self.num_prompt : self.num_tokens].tolist()
+        ids: list[int] = self.tokens[self.num_prompt : self.num_tokens].tolist()
+        return ids
 
     def append(self, token: int) -> None:
         """Add a sampled token and see whether the request ends with it."""

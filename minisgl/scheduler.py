@@ -1,8 +1,9 @@
 """Which tokens the next forward pass computes: admit, chunk, mix, preempt, retire.
 
-A step holds one token of every decoding request and, within the same token budget, chunks of prompts. Chunks end on page
-borders (but for a prompt's last), so that each page is computed by one request and belongs to the prefix tree from the
-moment it is scheduled: a follower in the same step may already read it, since a layer stores all keys before it attends.
+A step holds one token of every decoding request and, within the same token budget, chunks of prompts. Chunks end on
+page borders (but for a prompt's last), so that each page is computed by one request and belongs to the prefix tree from
+the moment it is scheduled: a follower in the same step may already read it, since a layer stores all keys before it
+attends.
 
 Knows requests, pages and the prefix tree. Knows no tensors: it runs, and is tested, with no device.
 """
@@ -84,7 +85,8 @@ class Scheduler:
         return step
 
     def complete(self, step: Step, ids: npt.NDArray[np.int32]) -> list[Request]:
-        """Append the sampled ids of a step that ran; returns the requests that got one. The caller retires the ended."""
+        """Append the sampled ids of a step that ran; returns the requests that got one. The caller retires the
+        ended."""
         sampled = step.sampled
         for request, token in zip(sampled, ids.tolist(), strict=True):
             request.decoding = True
@@ -231,7 +233,8 @@ class Scheduler:
     # -- preemption --
 
     def _allocate_by_preemption(self, request: Request, step: Step) -> list[int] | None:
-        """One page for `request`, if need be from the youngest outside this step; None when that is the request itself."""
+        """One page for `request`, if need be from the youngest outside this step; None when that is the request
+        itself."""
         while (pages := self._allocate(1)) is None:
             busy = set(step.decodes) | {chunk.request for chunk in step.chunks}
             victim = next(other for other in reversed(self.running) if other not in busy)

@@ -1,7 +1,8 @@
 """Shared test set-up: where kernels run, and how results are compared.
 
-With no GPU, Triton's interpreter is switched on for the whole session (it is chosen when a kernel is decorated). Tests in
-tests/kernels run the kernels through it; every other test runs the engine's CPU path, which is the torch references.
+With no GPU, the interpreter of Triton is switched on for the whole session (it is chosen when a kernel is decorated).
+Tests in tests/kernels run the kernels through it; every other test runs the engine's CPU path, which is the torch
+references.
 """
 
 import os

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from random import Random
+from typing import NamedTuple
 
 from minisgl.demo.skills import SKILLS
 
@@ -26,6 +27,7 @@ SKILL_WEIGHTS = {
     "weekday": 9, "month": 8, "capital": 5, "fill_json": 6, "small_talk": 3,
 }  # fmt: skip
 
+USUAL_SYSTEM_PROMPT = "You are a helpful assistant."
 SYSTEM_ROLES = ("helpful", "friendly", "concise", "careful", "polite")
 SYSTEM_NOUNS = ("assistant", "chatbot", "AI assistant", "language model", "demo model")
 SYSTEM_ENDINGS = ("", "", " Answer briefly.", " Keep your answers short.", " Be concise.", " Answer exactly.")
@@ -63,14 +65,40 @@ def held_out_questions(skill: str, count: int, seed: int = 0) -> list[tuple[str,
     return list(found.items())
 
 
+class ExamQuestion(NamedTuple):
+    skill: str
+    messages: Row
+    answer: str
+
+
+def exam(count_per_skill: int) -> list[ExamQuestion]:
+    """Held-out questions of every skill, every second one under a system prompt."""
+    return [
+        ExamQuestion(skill, _conversation(question, with_system=index % 2 == 1), answer)
+        for skill in SKILLS
+        for index, (question, answer) in enumerate(held_out_questions(skill, count_per_skill))
+    ]
+
+
+def exact_match(questions: list[ExamQuestion], answers: list[str]) -> dict[str, float]:
+    """The share of answers of each skill that are right to the letter; `answers` is in the order of `questions`."""
+    right: dict[str, list[bool]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        right.setdefault(question.skill, []).append(answer.strip() == question.answer)
+    return {skill: sum(marks) / len(marks) for skill, marks in right.items()}
+
+
 def example_prompts(per_skill: int = 5) -> Iterator[dict[str, object]]:
     """Rows for `minisgl run`: held-out questions of every skill, some of them under a system prompt."""
     for skill in SKILLS:
         for index, (question, _) in enumerate(held_out_questions(skill, per_skill, seed=1)):
-            messages = [{"role": "user", "content": question}]
-            if index == per_skill - 1:
-                messages.insert(0, {"role": "system", "content": "You are a helpful assistant."})
+            messages = _conversation(question, with_system=index == per_skill - 1)
             yield {"id": f"{skill}-{index + 1}", "messages": messages}
+
+
+def _conversation(question: str, with_system: bool) -> Row:
+    system = [{"role": "system", "content": USUAL_SYSTEM_PROMPT}] if with_system else []
+    return [*system, {"role": "user", "content": question}]
 
 
 def _training_question(rng: Random) -> tuple[str, str]:
@@ -83,7 +111,7 @@ def _training_question(rng: Random) -> tuple[str, str]:
 
 def _system_prompt(rng: Random) -> str:
     if rng.random() < 0.4:
-        return "You are a helpful assistant."
+        return USUAL_SYSTEM_PROMPT
     role, noun = rng.choice(SYSTEM_ROLES), rng.choice(SYSTEM_NOUNS)
     return f"You are a {role} {noun}.{rng.choice(SYSTEM_ENDINGS)}"
 

@@ -15,8 +15,8 @@ from minisgl.demo.words import CAPITALS, MONTHS, NAMES, WEEKDAYS, WORDS
 Skill = Callable[[Random], tuple[str, str]]
 
 ADDITION_FORMS = (
-    "What is {a} + {b}?", "what is {a} + {b}?", "What is {a}+{b}?", "{a} + {b}", "{a}+{b}", "{a} + {b} =", "Add {a} and {b}.",
-    "What is {a} plus {b}?", "How much is {a} + {b}?", "Compute {a} + {b}.", "Calculate {a} + {b}.",
+    "What is {a} + {b}?", "what is {a} + {b}?", "What is {a}+{b}?", "{a} + {b}", "{a}+{b}", "{a} + {b} =",
+    "Add {a} and {b}.", "What is {a} plus {b}?", "How much is {a} + {b}?", "Compute {a} + {b}.", "Calculate {a} + {b}.",
     "What is the sum of {a} and {b}?",
 )  # fmt: skip
 SUBTRACTION_FORMS = (
@@ -83,15 +83,18 @@ SMALL_TALK = (
     (("Who are you", "What are you", "What is your name", "What's your name", "Tell me who you are"), "?", ABOUT),
     (("Are you a robot", "Are you a person", "Are you human", "Are you an AI", "Are you a language model"), "?", ABOUT),
     (("What can you do", "How can you help me", "What are you good at", "Can you help me", "Help"), "?", ABILITIES),
-    (("How are you", "How are you doing", "How do you do", "Are you well", "How is it going"), "?", "I am fine, thanks!"),
+    (("How are you", "How are you doing", "How do you do", "How is it going"), "?", "I am fine, thanks!"),
     (("Thank you", "Thanks", "Thanks a lot", "Thank you very much", "Many thanks"), "!", "You are welcome!"),
     (("Bye", "Goodbye", "Bye bye", "See you", "See you later", "Good night"), "!", "Goodbye!"),
 )
-SALUTATIONS = ("Hello", "Hi", "Hey", "Hi there", "Hello there", "Good morning", "Good afternoon", "Good evening", "Howdy")
+SALUTATIONS = ("Hello", "Hi", "Hey", "Hi there", "Hello there", "Good morning", "Good afternoon", "Good evening")
 
-ONSETS = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sh sk sl sm sn sp st str t th tr v w wh y z".split()
-VOWELS = "a e i o u a e i o u ai ea ee oa oo ou y".split()
-CODAS = ["", "", "", *"b ck d ft g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh sk ss st t th ve x".split()]
+# Made-up words are syllables: onset, vowel, coda. A single vowel, and no coda, are the common case.
+ONSETS_TEXT = "b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p ph pl pr qu r s sh sk sl sn sp st t th tr v w y z"
+VOWELS_TEXT = "a e i o u a e i o u ai ea ee oa oo ou y"
+CODAS_TEXT = "- - - b ck d ft g k l ll m mp n nd ng nk nt p r rd rk rm rn rt s sh sk ss st t th ve x"
+ONSETS, VOWELS = ONSETS_TEXT.split(), VOWELS_TEXT.split()
+CODAS = CODAS_TEXT.replace("-", "").split(" ")
 
 
 def addition(rng: Random) -> tuple[str, str]:
@@ -124,7 +127,7 @@ def sort(rng: Random) -> tuple[str, str]:
 
 
 def weekday(rng: Random) -> tuple[str, str]:
-    start, days, later = rng.randrange(7), rng.randint(1, 30), rng.random() < 0.5
+    start, days, later = rng.randrange(7), rng.randint(1, 60), rng.random() < 0.5
     question = rng.choice(DAY_LATER_FORMS if later else DAY_EARLIER_FORMS)
     answer = WEEKDAYS[(start + (days if later else -days)) % 7]
     return question.format(day=WEEKDAYS[start], days=_counted(days, "day")), answer

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from minisgl.kernels.rms_norm import rms_norm, rms_norm_reference
 
 
@@ -35,10 +34,14 @@ def test_a_row_does_not_depend_on_its_neighbours(device, dtype):
 
 
 def test_no_tokens(device, dtype):
-    assert rms_norm(torch.empty(0, 64, device=device, dtype=dtype), torch.ones(64, device=device, dtype=dtype), 1e-6).shape == (0, 64)
+    assert rms_norm(
+        torch.empty(0, 64, device=device, dtype=dtype), torch.ones(64, device=device, dtype=dtype), 1e-6
+    ).shape == (0, 64)
 
 
-@pytest.mark.parametrize("bad, name", [("shape", "weight"), ("dtype", "weight"), ("stride", "x"), ("residual", "residual")])
+@pytest.mark.parametrize(
+    "bad, name", [("shape", "weight"), ("dtype", "weight"), ("stride", "x"), ("residual", "residual")]
+)
 def test_refuses_bad_arguments(device, bad, name):
     x, weight, residual = torch.randn(4, 64, device=device), torch.ones(64, device=device), None
     if bad == "shape":

@@ -1,0 +1,66 @@
+"""`minisgl bench`: flags for the measurements in minisgl.bench, which do the work."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minisgl.cli.options import OneLineErrors, engine_flag, engine_options, model_option
+
+EXAMPLES = """\b
+Examples:
+  minisgl bench throughput --workload mini -m path/to/model --load-format dummy
+  minisgl bench kernels rms_norm attention_decode
+"""
+THROUGHPUT_EXAMPLES = """\b
+Examples:
+  minisgl bench throughput --workload mini
+  minisgl bench throughput --workload shared_prefix -m path/to/model --load-format dummy --json row.json
+"""
+KERNELS_EXAMPLES = """\b
+Examples:
+  minisgl bench kernels
+  minisgl bench kernels rms_norm attention_decode --json kernels.json
+"""
+
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures to this file."
+)
+
+
+@click.group(epilog=EXAMPLES)
+def bench() -> None:
+    """Measure the engine and its kernels on this machine."""
+
+
+@bench.command(cls=OneLineErrors, epilog=THROUGHPUT_EXAMPLES)
+@model_option
+@click.option(
+    "--workload",
+    type=click.Choice(("mini", "single", "prefill", "shared_prefix")),
+    default="mini",
+    show_default=True,
+    help="Which requests to run.",
+)
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of the workload.")
+@json_option
+@engine_options
+def throughput(model: str | None, workload: str, repeats: int, json_path: Path | None, engine: dict[str, Any]) -> None:
+    """Run a workload offline and print tokens per second."""
+    from minisgl.bench.throughput import run
+    from minisgl.demo import MODEL_PATH
+
+    figures = run(model or str(MODEL_PATH), workload, repeats=repeats, json_path=json_path, **engine)
+    for name, value in figures.items():
+        click.echo(f"{name:<24} {value}")
+
+
+@bench.command(cls=OneLineErrors, epilog=KERNELS_EXAMPLES)
+@click.argument("ops", nargs=-1, metavar="[OP]...")
+@json_option
+@engine_flag("device")
+def kernels(ops: tuple[str, ...], json_path: Path | None, device: str | None) -> None:
+    """Time the kernels named OP, or all of them, beside their floor."""
+    from minisgl.bench.kernels import run
+
+    run(list(ops), device or "auto", json_path)

@@ -1,0 +1,26 @@
+"""`minisgl`: the command line. Commands import torch only when they run, so that help is immediate."""
+
+import click
+
+import minisgl
+from minisgl.cli.bench import bench
+from minisgl.cli.info import info
+from minisgl.cli.run import run
+
+EXAMPLES = """\b
+Examples:
+  minisgl run prompts.jsonl                      answer a file with the demo model
+  minisgl run prompts.jsonl -m path/to/model     with a Hugging Face checkpoint
+  minisgl run --help                             rows, flags and more examples
+  minisgl info                                   versions, devices and kernel path
+"""
+
+
+@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(minisgl.__version__, prog_name="minisgl")
+def main() -> None:
+    """Run large language models fast, with every kernel written in Triton."""
+
+
+for command in (run, info, bench):
+    main.add_command(command)

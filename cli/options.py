@@ -1,0 +1,120 @@
+"""Flags made from the settings tables, and how every command ends: shared by all commands.
+
+Each field of EngineConfig and SamplingParams has its help, choices and range beside it; the decorators here make one
+flag of each. A flag that is not given stays out of the result, so the model's own default holds.
+"""
+
+import functools
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from minisgl.config import EngineConfig
+from minisgl.errors import MinisglError
+from minisgl.request import SamplingParams
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+ROWS_FAILED, CANNOT_START, INTERRUPTED = 1, 2, 130  # exit codes
+
+model_option = click.option(
+    "-m", "--model", metavar="MODEL", help=next(f for f in fields(EngineConfig) if f.name == "model").metadata["help"]
+)
+
+
+def engine_options(command: Command) -> Command:
+    """Flags for the fields of EngineConfig; the command gets those that were given as the dict `engine`."""
+    return _table_options(command, EngineConfig, "engine", skip=())
+
+
+def sampling_options(command: Command) -> Command:
+    """Flags for the fields of SamplingParams; the command gets those that were given as the dict `sampling`.
+
+    `--seed` is the engine's: rows draw their own from it, so that two equal prompts get two different answers.
+    """
+    return _table_options(command, SamplingParams, "sampling", skip=tuple(f.name for f in fields(EngineConfig)))
+
+
+def engine_flag(name: str) -> Callable[[Command], Command]:
+    """The flag of one field of EngineConfig, for commands that use no others."""
+    return _flag(EngineConfig, next(setting for setting in fields(EngineConfig) if setting.name == name))
+
+
+def _table_options(command: Command, table: type, argument: str, skip: tuple[str, ...]) -> Command:
+    """Add a flag for each field of `table` that has help and is not hidden; collect and check what was given."""
+    settings = [s for s in fields(table) if s.metadata and s.metadata["flag"] != "" and s.name not in skip]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> Any:
+        given = {s.name: value for s in settings if (value := values.pop(s.name)) is not None}
+        table(**given)  # what a flag's type cannot say, such as a power of two
+        return command(**values, **{argument: given})
+
+    decorated: Any = wrapper
+    for setting in reversed(settings):
+        decorated = _flag(table, setting)(decorated)
+    return typing.cast(Command, decorated)
+
+
+def _flag(table: type, setting: Field[Any]) -> Callable[[Command], Command]:
+    flag = setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
+    help = setting.metadata["help"]
+    if setting.default is not None:
+        help += f" [default: {setting.default}]"
+    kind = typing.get_type_hints(table)[setting.name]
+    if isinstance(kind, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if kind is bool:
+        return click.option(flag, setting.name, is_flag=True, default=None, help=help)
+    low, high, choices = (setting.metadata[key] for key in ("low", "high", "choices"))
+    type_: Any = kind
+    if choices:
+        type_ = click.Choice(choices)
+    elif low is not None or high is not None:
+        type_ = (click.IntRange if kind is int else click.FloatRange)(low, high)
+    return click.option(flag, setting.name, type=type_, default=None, help=help)
+
+
+class OneLineErrors(click.Command):
+    """A command with --debug. What goes wrong is one line on stderr and exit code 2; --debug prints its traceback."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = ctx.params.pop("debug")
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            fail(describe(error))
+
+
+def describe(error: Exception) -> str:
+    """One line for an exception: the message of those that are made for users, the type too of any other."""
+    if isinstance(error, MinisglError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = f"{type(error).__name__}: {error} (--debug shows where)"
+    return " ".join(text.split())
+
+
+def fail(message: str) -> NoReturn:
+    """Say it on stderr and exit with 2."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(CANNOT_START)

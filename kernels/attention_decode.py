@@ -1,0 +1,313 @@
+"""Attention of one new token for each sequence over paged keys and values, split over the keys.
+
+    out[b] = sum_j softmax_j(scale * q[b] . k[j]) v[j]        j < kv_len, and j >= kv_len - window when a window is given
+
+Legend: B sequences, H query heads, K KV heads, D head dim, P pages, R rows, M pages of a row.
+Bound by memory: keys and values are read once, 4 K D bytes a key in bf16.
+
+One program reads one split of one sequence's keys for one KV head and serves all query heads of that KV head, packed as
+the rows of a matmul (padded to 16). A second launch combines the splits by their log-sum-exp; a sequence with a single
+split writes its output in the first. The size of a split depends on the sequence's own visible keys, never on the batch
+or on the grid, so a sequence's result is the same bit for bit whatever runs beside it. The grid is bounded by
+`max_kv_len`: programs past a sequence's last split leave at once, so one bound can be captured in a graph.
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.kernels.launch import architecture, use_triton
+from minisgl.kernels.paged import (
+    LOG2_E,
+    MASKED_SCORE,
+    check_attention,
+    load_block,
+    load_page_ids,
+    online_softmax,
+)
+
+# Keys of a split: short contexts need more programs than one a KV head to fill a GPU (1 x 1024 on an H200: 8.3 us with
+# splits of 256, 17.6 with 1024); long ones pay for every extra split (1 x 32768: 2.2 against 3.4 TB/s).
+SHORT_CONTEXT = tl.constexpr(2048)
+SHORT_SPLIT = tl.constexpr(256)
+LONG_SPLIT = tl.constexpr(1024)
+COMBINE_BLOCK = 16  # splits combined at a time: fixed, so that the order of the sum is
+
+
+def attention_decode_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    kv_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """The same in torch, all sequences padded to the longest; shapes as in `attention_decode`. Returns [B, H, D]."""
+    batch, heads, head_dim = q.shape
+    _, page_size, kv_heads, _ = k_cache.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    num_pages = -(-int(kv_lens.max()) // page_size) if batch else 0
+    lens = kv_lens.long()[:, None]  # [B, 1]
+    stored = torch.arange(num_pages, device=q.device) * page_size < lens
+    row = torch.where(kv_lens > 0, rows, 0).long()
+    pages = page_table[row, :num_pages].long().masked_fill(~stored, 0)  # [B, pages]
+    key = torch.arange(num_pages * page_size, device=q.device)
+    hidden = key >= lens  # [B, L]
+    if window:
+        hidden |= key < lens - window
+
+    k = k_cache[pages].flatten(1, 2).to(wide)  # [B, L, K, D]
+    v = v_cache[pages].flatten(1, 2).to(wide).masked_fill(hidden[:, :, None, None], 0)
+    queries = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = queries @ k.permute(0, 2, 3, 1) * scale  # [B, K, G, L]
+    hidden = hidden[:, None, None, :]
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)
+    return (weights @ v.transpose(1, 2)).reshape(q.shape).to(q.dtype)
+
+
+class Tile(NamedTuple):
+    """Keys of a block, warps and pipeline stages."""
+
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By architecture and head dim, rounded up to 64, 128 or 256; for 2-byte types.
+TILES: dict[str, dict[int, Tile]] = {
+    "sm_90": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "sm_80": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "sm_100": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
+    "sm_120": {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 4, 2)},
+    "gfx942": {64: Tile(64, 4, 2), 128: Tile(32, 4, 2), 256: Tile(32, 4, 2)},
+    "cpu": {64: Tile(32, 4, 1), 128: Tile(32, 4, 1), 256: Tile(32, 4, 1)},
+}
+SAFE_TILES = TILES["gfx942"]  # an architecture without a table: the smallest shared memory of all, 64 KB, holds them
+FP32_TILE = Tile(32, 4, 2)
+
+
+def _tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
+    if dtype.itemsize > 2:
+        return FP32_TILE
+    bucket = max(64, triton.next_power_of_2(head_dim))
+    return TILES.get(architecture(device), SAFE_TILES)[bucket]
+
+
+@triton.jit
+def _splits(kv_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first visible key, first key read, keys of a split, number of splits) of a sequence."""
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(kv_len - WINDOW, 0)
+    begin = first_key // BLOCK_N * BLOCK_N
+    split_size = tl.where(kv_len - begin <= SHORT_CONTEXT, SHORT_SPLIT, LONG_SPLIT)
+    return first_key, begin, split_size, (kv_len - begin + split_size - 1) // split_size
+
+
+def _max_splits(max_kv_len: int, window: int, block_n: int) -> int:
+    """The most splits that `_splits` gives a sequence of up to max_kv_len keys; at least 1."""
+    visible = min(max_kv_len, window + block_n - 1) if window else max_kv_len
+    short = triton.cdiv(min(visible, SHORT_CONTEXT.value), SHORT_SPLIT.value)
+    return max(short, triton.cdiv(visible, LONG_SPLIT.value), 1)
+
+
+@triton.jit(
+    do_not_specialize=["page_table_ptr", "rows_ptr", "kv_lens_ptr", "page_table_stride", "max_splits"],
+)
+def _attention_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    page_table_ptr,
+    rows_ptr,
+    kv_lens_ptr,
+    partial_ptr,
+    logsumexp_ptr,
+    out_ptr,
+    scale_log2,
+    q_stride,
+    page_table_stride,
+    max_splits,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    kv_head = tl.program_id(0) % KV_HEADS
+    split = tl.program_id(0) // KV_HEADS
+    sequence = tl.program_id(1).to(tl.int64)
+    kv_len = tl.load(kv_lens_ptr + sequence)
+    first_key, keys_begin, split_size, num_splits = _splits(kv_len, WINDOW, BLOCK_N)
+    if split >= tl.maximum(num_splits, 1):  # the first split of an empty (padded) row writes zeros
+        return
+    begin = keys_begin + split * split_size
+    end = tl.minimum(begin + split_size, kv_len)
+
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    group = tl.arange(0, BLOCK_G)
+    dims = tl.arange(0, BLOCK_D)
+    heads = kv_head * GROUP + group
+    mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    q = tl.load(q_ptr + sequence * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
+    k_ptr += kv_head * HEAD_DIM
+    v_ptr += kv_head * HEAD_DIM
+
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_G], tl.float32)
+    next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        page = next_page
+        next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        k = load_block(k_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        v = load_block(v_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        keys = start + tl.arange(0, BLOCK_N)
+        visible = (keys >= first_key) & (keys < end)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.where(visible[None, :], scores, MASKED_SCORE)
+        acc, row_max, row_sum = online_softmax(scores, v, acc, row_max, row_sum, scale_log2)
+
+    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    if num_splits <= 1:
+        out = out_ptr + (sequence * HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        slots = (sequence * max_splits + split) * HEADS + heads
+        tl.store(partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+        tl.store(logsumexp_ptr + slots, row_max + tl.log2(row_sum), mask=group < GROUP)
+
+
+@triton.jit(do_not_specialize=["kv_lens_ptr", "max_splits"])
+def _combine_kernel(
+    partial_ptr,
+    logsumexp_ptr,
+    kv_lens_ptr,
+    out_ptr,
+    max_splits,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head = tl.program_id(0)
+    sequence = tl.program_id(1).to(tl.int64)
+    _, _, _, num_splits = _splits(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
+    if num_splits <= 1:  # written by the first launch
+        return
+    dims = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    running_max = float("-inf")
+    total = 0.0
+    for start in range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        slots = (sequence * max_splits + splits) * HEADS + head
+        stored = splits < num_splits
+        logsumexp = tl.load(logsumexp_ptr + slots, mask=stored, other=float("-inf"))
+        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
+        partial = tl.load(partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        new_max = tl.maximum(running_max, tl.max(logsumexp, 0))
+        weights = tl.exp2(logsumexp - new_max)
+        rescale = tl.exp2(running_max - new_max)
+        acc = acc * rescale + tl.sum(partial * weights[:, None], 0)
+        total = total * rescale + tl.sum(weights, 0)
+        running_max = new_max
+    out = out_ptr + (sequence * HEADS + head) * HEAD_DIM + dims
+    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+def attention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    *,
+    scale: float,
+    window: int = 0,
+    out: torch.Tensor,
+) -> None:
+    """Write the attention of one query a sequence over its pages into `out`.
+
+    q  # [B, H, D], sequences any stride apart; k_cache, v_cache  # [P, page_size, K, D], one layer, contiguous.
+    page_table  # [R, M]; rows  # [B] page_table row of each sequence; kv_lens  # [B] keys, the current token's included;
+    all int32. A sequence of 0 keys (padding) gets zeros and reads nothing. max_kv_len: a bound on kv_lens known on the
+    host; it bounds the grid. window: keys a token sees, itself included; 0 is all. out  # [B, H, D] contiguous.
+    Raises ValueError for a wrong shape, stride, dtype or device.
+    """
+    check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
+    batch, heads, head_dim = q.shape
+    if rows.shape[0] != batch:
+        raise ValueError(f"rows: expected [{batch}], got {list(rows.shape)}")
+    if max_kv_len < 0:
+        raise ValueError(f"max_kv_len: expected 0 or more, got {max_kv_len}")
+    if batch == 0:
+        return
+    if not use_triton(q):
+        out.copy_(
+            attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window)
+        )
+        return
+
+    _, page_size, kv_heads, _ = k_cache.shape
+    tile = _tile(head_dim, q.device, q.dtype)
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    max_splits = _max_splits(max_kv_len, window, tile.block_n)
+    partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
+    logsumexp = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    _attention_decode_kernel[(max_splits * kv_heads, batch)](
+        q,
+        k_cache,
+        v_cache,
+        page_table,
+        rows,
+        kv_lens,
+        partial,
+        logsumexp,
+        out,
+        scale * LOG2_E,
+        q.stride(0),
+        page_table.stride(0),
+        max_splits,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        WINDOW=window,
+        BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_N=tile.block_n,
+        BLOCK_D=block_d,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if max_splits == 1:
+        return
+    _combine_kernel[(heads, batch)](
+        partial,
+        logsumexp,
+        kv_lens,
+        out,
+        max_splits,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        WINDOW=window,
+        BLOCK_N=tile.block_n,
+        BLOCK_S=COMBINE_BLOCK,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )

@@ -1,0 +1,66 @@
+"""Token embedding: y[t] = weight[ids[t]], zeros for an id outside the vocabulary.
+
+Ids are checked where requests enter; here a bad id must only not read out of bounds. Zeros are also what a rank that
+does not hold an id's row contributes to the sum over ranks.
+
+Legend: T tokens, V vocabulary (rows of this rank's table), D hidden size. ids  # [T]; weight  # [V, D]; y  # [T, D].
+Bound by memory: reads and writes [T, D]. One program copies up to 1024 values of one row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minisgl.kernels.launch import check, check_same, use_triton
+
+
+def embedding_reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same in torch; ids  # [T]; weight  # [V, D]; returns [T, D]."""
+    vocab = weight.shape[0]
+    y = weight[ids.long().clamp(0, vocab - 1)]
+    return y.masked_fill_(((ids < 0) | (ids >= vocab)).unsqueeze(1), 0)
+
+
+@triton.jit
+def _embedding_kernel(
+    ids_ptr, weight_ptr, y_ptr, weight_stride, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
+):
+    ROW_PROGRAMS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
+    token = (tl.program_id(0) // ROW_PROGRAMS).to(tl.int64)
+    cols = tl.program_id(0) % ROW_PROGRAMS * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < HIDDEN
+    row = tl.load(ids_ptr + token).to(tl.int64)
+    readable = tl.where((row >= 0) & (row < VOCAB), HIDDEN, 0)
+    y = tl.load(weight_ptr + row * weight_stride + cols, mask=cols < readable, other=0.0)
+    tl.store(y_ptr + token * HIDDEN + cols, y, mask=mask)
+
+
+def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of weight  # [V, D] named by ids  # [T] int32; an id outside [0, V) gives zeros.
+
+    Returns y  # [T, D] in weight's dtype. Raises ValueError for a wrong shape, stride, dtype or device.
+    """
+    check(ids.dim() == 1, f"ids: expected [T], got {list(ids.shape)}")
+    check(ids.is_contiguous(), "ids: must be contiguous")
+    check(weight.dim() == 2 and weight.shape[0] > 0, f"weight: expected [V, D], got {list(weight.shape)}")
+    check(weight.stride(-1) == 1, "weight: last dimension must be contiguous")
+    check_same("ids", ids, device=weight.device, dtype=torch.int32)
+    if not use_triton(weight):
+        return embedding_reference(ids, weight)
+
+    vocab, hidden = weight.shape
+    y = torch.empty(len(ids), hidden, dtype=weight.dtype, device=weight.device)
+    if y.numel() == 0:
+        return y
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _embedding_kernel[(len(ids) * triton.cdiv(hidden, block),)](
+        ids,
+        weight,
+        y,
+        weight.stride(0),  # fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide
+        VOCAB=vocab,
+        HIDDEN=hidden,
+        BLOCK=block,
+        num_warps=max(block // 256, 1),  # 8 elements a thread: one 16-byte load of bf16
+    )
+    return y

@@ -1,0 +1,83 @@
+"""Token ids -> text while a request runs: never half a character, and cut at the first stop string.
+
+Knows one request's output. Does not know the engine: the caller pushes ids and reads text.
+The window (decode a few known tokens with the new ones, emit the difference) is the technique of Hugging Face's
+text-generation-inference, `Model.decode_token`: the cost of a token does not grow with the text before it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+INCOMPLETE = "\ufffd"  # what decoders write for bytes that are not, or not yet, UTF-8
+MAX_WINDOW = 64  # tokens. A character has at most 4 bytes, so bytes that were nothing for this long stay nothing
+
+
+class Decodes(Protocol):
+    def decode(self, ids: list[int], /) -> str: ...
+
+
+class Detokenizer:
+    """The text of one request. All that `push` and then `finish` return, joined, is `decode` of all ids,
+    cut before the stop string that is complete first. (Bytes that are no UTF-8 may show as another number of U+FFFD.)
+
+    stopped: a stop string was found; ids pushed later are ignored.
+    """
+
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._window: list[int] = []  # the latest ids
+        self._known = 0  # of them, at the front: their text is out and they are context for the rest
+        self._emitted = 0  # characters of the window's text that are out
+        self._held = ""  # of those, what may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Add the next output ids; returns the new text that later ids cannot change (often "")."""
+        if self.stopped:
+            return ""
+        self._window += ids
+        text = self._tokenizer.decode(self._window)
+        certain = text.rstrip(INCOMPLETE)
+        complete, full = certain == text, len(self._window) > MAX_WINDOW
+        if not complete and full:
+            complete, certain = True, text
+        new = certain[self._emitted :]
+        if complete and new:
+            self._advance()
+        elif complete and full:
+            del self._window[self._known :]  # special tokens: they have no text
+        else:
+            self._emitted = max(self._emitted, len(certain))
+        return self._until_stop(new)
+
+    def finish(self) -> str:
+        """The rest of the text, when no more ids come."""
+        if self.stopped:
+            return ""
+        rest = self._until_stop(self._tokenizer.decode(self._window)[self._emitted :])
+        rest, self._held = rest + self._held, ""
+        self._advance()
+        return rest
+
+    def _advance(self) -> None:
+        """Drop the old context: the tokens whose text has just come out are the context of the next ones."""
+        self._window = self._window[self._known :]
+        self._known = len(self._window)
+        self._emitted = len(self._tokenizer.decode(self._window))
+
+    def _until_stop(self, new: str) -> str:
+        """`new` behind what was held back, up to a stop string or to what may become one."""
+        if not self._stop or not new:
+            return new
+        text = self._held + new
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            _, at = min(found)
+            return text[:at]
+        sizes = range(min(len(text), self._longest_stop - 1), 0, -1)
+        size = next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stop)), 0)
+        self._held = text[len(text) - size :]
+        return text[: len(text) - size]

@@ -1,0 +1,192 @@
+"""One device: model, KV pages and row table; `run(step)` gives the sampled ids.
+
+    Step -> RowTable.load -> Batch -> Decoder.forward -> logits -> sample -> ids, and back into the row table
+
+Knows tensors and memory. Does not know scheduling, text or files.
+"""
+
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.batch import Batch, KVCache
+from minisgl.config import EngineConfig
+from minisgl.errors import MinisglError
+from minisgl.kernels.attention_prefill import query_block
+from minisgl.kernels.sampling import sample
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
+from minisgl.request import Request, SamplingParams
+from minisgl.rows import RowTable
+from minisgl.scheduler import Chunk, Step
+from minisgl.weights import load_weights
+
+log = logging.getLogger("minisgl")
+
+# On a CPU the KV cache is at most this large: small models run there, beside everything else on the machine.
+CPU_KV_BYTES = 2 << 30
+# Left free on a GPU beside what the profile run saw: the driver's own allocations, and fragmentation.
+GPU_RESERVE_BYTES = 512 << 20
+
+
+class PendingIds:
+    """Sampled ids on their way to the host."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = ids
+        if ids.is_cuda:
+            self._host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            self._host.copy_(ids, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait_ids(self) -> npt.NDArray[np.int32]:
+        """The ids  # [N]. This is the one place where the host waits for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+        ids: npt.NDArray[np.int32] = self._host.numpy()
+        return ids
+
+
+class Engine:
+    """Loads a model on one device, gives the memory that is left to KV pages, and runs steps.
+
+    `config` is a resolved one (`resolve.resolve`); `self.config` also has `num_pages`, and the `max_len` that fits
+    them. Raises MinisglError when the model and one full request do not fit the device.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, folder: Path) -> None:
+        assert config.max_len is not None
+        self.model_config = model_config
+        self.device = torch.device(config.device)
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        max_len = config.max_len
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        allocated_before = self._allocated_bytes()
+        try:
+            self.model = Decoder(model_config, device=self.device, dtype=self.dtype, max_len=max_len)
+            load_weights(self.model, folder, config.load_format, config.seed)
+            block = query_block(model_config.head_dim, self.device, self.dtype)
+            self.rows = RowTable(config.max_running, max_len, config.page_size, block, self.device)
+            num_pages = config.num_pages or self._profile_pages(config, allocated_before)
+            self.config = self._fit(config, num_pages)
+            self.num_pages = num_pages
+            self.kv = self._new_cache(num_pages, config.page_size)
+        except torch.OutOfMemoryError as error:
+            raise MinisglError(
+                f"the model does not fit in the memory of {self.device}: use a smaller model or a larger GPU, free the "
+                "GPU of other programs, or lower --max-step-tokens and --max-running"
+            ) from error
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens of a prompt and its output together."""
+        assert self.config.max_len is not None
+        return self.config.max_len
+
+    @property
+    def closed(self) -> bool:
+        return not hasattr(self, "model")
+
+    def close(self) -> None:
+        """Give the device's memory back."""
+        if not self.closed:
+            del self.model, self.kv, self.rows
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> PendingIds:
+        """Run one step; its ids come in the order of `step.sampled`."""
+        return PendingIds(self._run(self.rows.load(step), self.kv))
+
+    def _run(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        logits = self.model.forward(batch, kv)
+        rows = self.rows
+        if not len(logits):
+            return batch.sample_rows
+        return sample(
+            logits,
+            batch.sample_rows,
+            batch.sample_positions,
+            rows.temperature,
+            rows.top_k,
+            rows.top_p,
+            rows.min_p,
+            rows.seed,
+            tokens=rows.tokens,
+        )
+
+    # -- memory --
+
+    def _new_cache(self, num_pages: int, page_size: int) -> KVCache:
+        model = self.model_config
+        shape = (model.num_layers, num_pages, page_size, model.num_kv_heads, model.head_dim)
+        keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        return KVCache(keys, values)
+
+    def _page_bytes(self, page_size: int) -> int:
+        model = self.model_config
+        return 2 * model.num_layers * page_size * model.num_kv_heads * model.head_dim * self.dtype.itemsize
+
+    def _allocated_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    def _profile_pages(self, config: EngineConfig, allocated_before: int) -> int:
+        """How many KV pages fit beside the weights and the largest step, which is run to see what it takes."""
+        page_bytes = self._page_bytes(config.page_size)
+        if self.device.type == "cpu":
+            available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * config.memory_fraction
+            return int(min(available, CPU_KV_BYTES) // page_bytes)
+        fixed = torch.cuda.memory_allocated(self.device) - allocated_before
+        activations = self._profile_activations(config)
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = total * config.memory_fraction - fixed - activations
+        return max(0, int(min(allowed, free - activations - GPU_RESERVE_BYTES) // page_bytes))
+
+    @torch.inference_mode()
+    def _profile_activations(self, config: EngineConfig) -> int:
+        """Peak bytes of the largest steps beyond weights and KV; also compiles every kernel they use."""
+        model, rows = self.model_config, self.rows
+        each = min(config.max_step_tokens // config.max_running, rows.tokens.shape[1] - 1)
+        pages_each = -(-each // config.page_size)
+        kv = self._new_cache(pages_each, config.page_size)
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
+        requests = [Request(row, [0] * each, params, each + 1, frozenset()) for row in range(config.max_running)]
+        for row, request in enumerate(requests):
+            request.row = row
+        pages = [(row, place, place) for row in range(config.max_running) for place in range(pages_each)]
+        chunks = [Chunk(request, 0, each, 0, samples=True) for request in requests]
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._run(rows.load(Step(chunks=chunks, new_rows=requests, page_updates=pages)), kv)
+        decode = rows.load(Step(decodes=requests))
+        # Split-KV decode takes its largest workspace at the longest context.
+        self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        del kv, decode
+        rows.reset()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        log.debug("%s: the largest steps take %.2f GB", model.architecture, peak / 1e9)
+        return peak
+
+    def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:
+        """Keep max_len within the pages there are, so that any request that is let in can finish alone."""
+        assert config.max_len is not None
+        capacity = num_pages * config.page_size
+        if capacity < 2 * config.page_size:
+            raise MinisglError(
+                f"{self.device} has no room for KV beside the model: use a smaller model or a larger GPU, raise "
+                "--memory-fraction, or lower --max-step-tokens and --max-running"
+            )
+        if config.max_len > capacity:
+            log.warning("max_len is lowered from %d to %d, the tokens that the KV pages hold", config.max_len, capacity)
+        return replace(config, num_pages=num_pages, max_len=min(config.max_len, capacity))

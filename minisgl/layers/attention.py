@@ -1,0 +1,90 @@
+"""Self-attention over the paged KV cache. Shapes: see `batch.py`.
+
+Knows which tokens decode and which prefill. Does not know how pages are found: the kernels read the page table.
+"""
+
+import torch
+
+from minisgl.batch import Batch
+from minisgl.kernels.attention_decode import attention_decode
+from minisgl.kernels.attention_prefill import attention_prefill
+from minisgl.kernels.rotary import rotary_store
+from minisgl.layers import Empty
+from minisgl.layers.linear import Linear
+from minisgl.models.config import ModelConfig
+
+
+class Attention:
+    """q, k and v in one matmul; q/k norm, rotary embedding and KV store in one launch; then attention and o."""
+
+    def __init__(self, empty: Empty, config: ModelConfig, window: int):
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.eps = config.rms_norm_eps
+        self.window = window
+        self.scale = config.head_dim**-0.5
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        qkv_parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv = Linear(empty, config.hidden_size, qkv_parts, bias=config.qkv_bias)
+        self.o = Linear(empty, q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
+        self.q_norm = empty(self.head_dim) if config.qk_norm else None
+        self.k_norm = empty(self.head_dim) if config.qk_norm else None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        batch: Batch,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        cos_sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """x  # [T, hidden] -> [T, hidden]. Stores the keys and values of the batch in this layer's
+        k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
+        q = rotary_store(  # [T, H, D]
+            self.qkv(x),
+            batch.positions,
+            batch.slots,
+            cos_sin,
+            k_cache,
+            v_cache,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.eps,
+        )
+        tokens, decoding = q.shape[0], batch.num_decode
+        out = q.new_empty(tokens, self.num_heads, self.head_dim)
+        if decoding:
+            attention_decode(
+                q[:decoding],
+                k_cache,
+                v_cache,
+                batch.page_table,
+                batch.rows[:decoding],
+                batch.kv_lens[:decoding],
+                batch.max_decode_len,
+                scale=self.scale,
+                window=self.window,
+                out=out[:decoding],
+            )
+        if tokens > decoding:
+            attention_prefill(
+                q[decoding:],
+                k_cache,
+                v_cache,
+                batch.page_table,
+                batch.rows[decoding:],
+                batch.cu_seqlens,
+                batch.kv_lens[decoding:],
+                batch.tiles,
+                scale=self.scale,
+                window=self.window,
+                out=out[decoding:],
+            )
+        return self.o(out.flatten(1))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        found = self.qkv.tensors() | self.o.tensors()
+        if self.q_norm is not None and self.k_norm is not None:
+            found |= {"q_norm.weight": self.q_norm, "k_norm.weight": self.k_norm}
+        return found

@@ -1,0 +1,82 @@
+"""The decoder-only transformer of every family: token ids and cached KV in, logits out. Shapes: see `batch.py`.
+
+Knows the order of layers and the residual stream. Does not know files, scheduling or sampling, and keeps no state
+between calls: the KV cache is passed.
+"""
+
+from functools import partial
+
+import torch
+from torch.nn.functional import linear
+
+from minisgl.batch import Batch, KVCache
+from minisgl.layers import Empty, join
+from minisgl.layers.attention import Attention
+from minisgl.layers.embedding import Embedding
+from minisgl.layers.mlp import MLP
+from minisgl.layers.rms_norm import RMSNorm
+from minisgl.models.config import ModelConfig
+from minisgl.models.rope import cos_sin_table
+
+
+class DecoderLayer:
+    """Attention and MLP, each behind an RMS norm that first adds its input to the residual."""
+
+    def __init__(self, empty: Empty, config: ModelConfig, window: int):
+        self.attention_norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(empty, config, window)
+        self.mlp_norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(empty, config)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return join(
+            {
+                "input_layernorm": self.attention_norm,
+                "self_attn": self.attention,
+                "post_attention_layernorm": self.mlp_norm,
+                "mlp": self.mlp,
+            }
+        )
+
+
+class Decoder:
+    """The model. Its parameters are uninitialised until `weights.load_weights` fills them.
+
+    max_len: longest text in tokens, the length of the rotary table.
+    """
+
+    def __init__(self, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, max_len: int):
+        self.config = config
+        self.device, self.dtype = device, dtype
+        empty = partial(torch.empty, device=device, dtype=dtype)
+        self.embed = Embedding(empty, config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(empty, config, window) for window in config.windows]
+        self.norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
+        self.norms_after = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]  # what reads each layer
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embed.weight if tied else empty(config.vocab_size, config.hidden_size)  # [V, hidden]
+        self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_len, device)  # [max_len, D] fp32
+
+    def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """Store the batch's keys and values in `kv` and return logits  # [N, V] in the model's dtype.
+
+        Only sampled tokens get past the last attention: nothing reads the others' hidden states after it.
+        `sample_index` ascends, so that it is the identity when it names all tokens (a decode step) and is not applied.
+        """
+        residual = self.embed(batch.input_ids)  # [T, hidden]
+        x = self.layers[0].attention_norm(residual)
+        for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
+            x = layer.attention(x, batch, keys, values, self.cos_sin)
+            if norm_after is self.norm and batch.sample_index.shape[0] < x.shape[0]:
+                x, residual = (rows.index_select(0, batch.sample_index) for rows in (x, residual))  # [N, hidden]
+            x = layer.mlp(layer.mlp_norm(x, residual))
+            x = norm_after(x, residual)
+        return linear(x, self.lm_head)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every checkpoint tensor's name and the parameter rows that it fills."""
+        layers = {f"model.layers.{index}": layer for index, layer in enumerate(self.layers)}
+        found = join({"model.embed_tokens": self.embed, **layers, "model.norm": self.norm})
+        if not self.config.tie_word_embeddings:
+            found["lm_head.weight"] = self.lm_head
+        return found

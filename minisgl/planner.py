@@ -1,0 +1,44 @@
+"""The order in which a burst of requests is started: shared prefixes as neighbours, the longest work first.
+
+Knows prompts. Does not know pages or steps.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from minisgl.kernels.common_prefix import common_prefix_lengths
+from minisgl.radix_cache import common_prefix_length
+from minisgl.request import Request
+
+# Below this many compared tokens the host is quicker than an upload and a launch; `minisgl bench kernels common_prefix`
+# measures both.
+KERNEL_MIN_TOKENS = 1 << 20
+
+
+def plan_order(requests: list[Request], page_size: int, device: torch.device) -> list[Request]:
+    """Requests that share at least a page of prefix come together, so that the first computes it and the rest find it;
+    groups come in the order of their largest request, so that no long one is left to run alone at the end."""
+    if len(requests) < 2:
+        return requests
+    # Big-endian bytes sort as the token ids do.
+    ordered = sorted(requests, key=lambda request: request.tokens[: request.num_prompt].astype(">u4").tobytes())
+    shared = neighbour_prefix_lengths([request.tokens[: request.num_prompt] for request in ordered], device)
+    borders = [0, *(np.flatnonzero(shared < page_size) + 1).tolist(), len(ordered)]
+    groups = [ordered[first:last] for first, last in zip(borders, borders[1:], strict=False)]
+    groups.sort(key=lambda group: (-max(request.max_total for request in group), group[0].index))
+    return [request for group in groups for request in group]
+
+
+def neighbour_prefix_lengths(prompts: list[npt.NDArray[np.int32]], device: torch.device) -> npt.NDArray[np.int32]:
+    """Common prefix length of each prompt and the next  # [len(prompts) - 1]: one launch for a large burst."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = np.minimum(lengths[:-1], lengths[1:])
+    if device.type != "cuda" or longest.sum() < KERNEL_MIN_TOKENS:
+        pairs = zip(prompts, prompts[1:], strict=False)
+        return np.array([common_prefix_length(a, b) for a, b in pairs], np.int32)
+    tokens = torch.from_numpy(np.concatenate(prompts)).to(device)
+    starts = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])
+    place = torch.from_numpy(np.stack([starts[:-1], starts[1:], longest])).to(device)
+    found: npt.NDArray[np.int32] = common_prefix_lengths(tokens, place[0], place[1], place[2]).cpu().numpy()
+    return found

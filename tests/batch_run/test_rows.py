@@ -1,0 +1,187 @@
+"""Whatever a line's bytes are, parse_row gives a row or a bad row, and both have an output line that is JSON."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minisgl.batch_run.rows import (
+    KEYS,
+    MAX_MESSAGE_CHARS,
+    BadRow,
+    Row,
+    format_answer,
+    format_error,
+    parse_row,
+    row_error,
+)
+from minisgl.request import Result, SamplingParams, Usage
+
+FLAGS = SamplingParams(max_tokens=5, temperature=0.5)
+
+
+def parse(value: Any) -> Row | BadRow:
+    return parse_row(value if isinstance(value, bytes) else json.dumps(value).encode(), 3, FLAGS)
+
+
+def good(value: Any) -> Row:
+    row = parse(value)
+    assert isinstance(row, Row), row
+    return row
+
+
+def refused(value: Any) -> BadRow:
+    row = parse(value)
+    assert isinstance(row, BadRow), row
+    return row
+
+
+def test_the_three_prompts() -> None:
+    assert good({"prompt": "Hello"}).prompt == "Hello"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert good({"messages": messages}).messages == messages
+    assert good({"prompt_token_ids": [1, 2, 3]}).prompt_token_ids == [1, 2, 3]
+
+
+def test_id_defaults_to_the_index() -> None:
+    assert good({"prompt": "x"}).id == 3
+    assert good({"prompt": "x", "id": None}).id == 3
+    assert good({"prompt": "x", "id": "a-7"}).id == "a-7"
+    assert good({"prompt": "x", "id": 0}).id == 0
+    assert good({"prompt": "x", "id": 1.5}).id == 1.5
+
+
+def test_parameters_of_the_row_win_over_the_flags() -> None:
+    assert good({"prompt": "x"}).params == FLAGS
+    assert good({"prompt": "x", "max_tokens": 9}).params == SamplingParams(max_tokens=9, temperature=0.5)
+    assert good({"prompt": "x", "temperature": 0}).params.temperature == 0
+    assert good({"prompt": "x", "temperature": None}).params.temperature == 0.5
+    assert good({"prompt": "x", "max_completion_tokens": 9}).params.max_tokens == 9
+    assert good({"prompt": "x", "stop": ["."], "stop_token_ids": [4]}).params.stop == (".",)
+
+
+def test_metadata_is_carried_by_the_input_and_not_read() -> None:
+    assert good({"prompt": "x", "metadata": {"expected": "42", "max_tokens": -1}}).params == FLAGS
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 3?"}]
+    assert good({"messages": [{"role": "user", "content": parts}]}).messages == [
+        {"role": "user", "content": "What is 2 + 3?"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "type", "says"),
+    [
+        (b"nonsense", "invalid_json", "position 1"),
+        (b'{"prompt": "x"', "invalid_json", "position"),
+        (b'{"prompt": "\xff"}', "invalid_json", "0xff at position 13"),
+        (b'{"prompt": "x", "prompt": "y"}', "invalid_json", "'prompt' is given twice"),
+        (b'{"prompt": "x", "temperature": NaN}', "invalid_json", "NaN"),
+        (b'{"prompt": "x", "temperature": -Infinity}', "invalid_json", "-Infinity"),
+        (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", "invalid_json", "digits"),
+        (b"[" * 200_000, "invalid_json", "nested"),
+        (b'{"prompt": "\\ud83d"}', "invalid_row", "surrogate"),
+        (b"[1, 2]", "invalid_row", "not a list"),
+        (b"null", "invalid_row", "not null"),
+        ({}, "invalid_row", "exactly one of prompt, messages, prompt_token_ids"),
+        ({"prompt": None}, "invalid_row", "no prompt"),
+        ({"prompt": "x", "prompt_token_ids": [1]}, "invalid_row", "prompt and prompt_token_ids"),
+        ({"prompt": ["x"]}, "invalid_row", "must be a string"),
+        ({"prompt": "x", "id": True}, "invalid_row", "id must be"),
+        ({"prompt": "x", "id": [1]}, "invalid_row", "id must be"),
+        (b'{"prompt": "x", "id": 1e999}', "invalid_row", "finite"),
+        ({"prompt": "x", "temprature": 1}, "invalid_row", "did you mean 'temperature'?"),
+        ({"prompt": "x", "model": "m"}, "invalid_row", "-m"),
+        ({"prompt": "x", "expected": "y"}, "invalid_row", "metadata"),
+        ({"messages": []}, "invalid_row", "messages"),
+        ({"messages": ["x"]}, "invalid_row", "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_row", "'robot'"),
+        ({"messages": [{"role": "user"}]}, "invalid_row", "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_row", "only text"),
+        ({"prompt_token_ids": []}, "invalid_row", "at least one"),
+        ({"prompt_token_ids": [1.0]}, "invalid_row", "prompt_token_ids[0]"),
+        ({"prompt_token_ids": [1, True]}, "invalid_row", "prompt_token_ids[1]"),
+        ({"prompt_token_ids": [-1]}, "invalid_token_id", "prompt_token_ids[0] is -1"),
+        ({"prompt_token_ids": [10**40]}, "invalid_token_id", "vocabulary"),
+        ({"prompt": "x", "max_tokens": -1}, "invalid_parameter", "max_tokens is -1; it must be at least 1"),
+        ({"prompt": "x", "top_p": "0.5"}, "invalid_parameter", "top_p"),
+        ({"prompt": "x", "max_tokens": 1, "max_completion_tokens": 1}, "invalid_parameter", "not both"),
+    ],
+)
+def test_a_refused_line_says_why(line: Any, type: str, says: str) -> None:
+    row = refused(line)
+    assert row.error.type == type
+    assert says in row.error.message
+
+
+def test_a_refused_row_keeps_its_id() -> None:
+    assert refused({"prompt": "x", "id": "a-7", "max_tokens": -1}).id == "a-7"
+    assert refused(b"nonsense").id == 3
+
+
+def test_long_values_do_not_make_long_errors() -> None:
+    assert len(refused({"prompt": "x", "temperature": "9" * 10**6}).error.message) < MAX_MESSAGE_CHARS + 10
+
+
+def test_the_answer_line() -> None:
+    result = Result("h\u00e9\u2028\x85\n", [5, 6], "stop", Usage(4, 2, 1))
+    line = format_answer(3, "a", result, return_token_ids=False)
+    assert len(line.decode().splitlines()) == 1
+    assert list(json.loads(line).items()) == [
+        ("id", "a"),
+        ("index", 3),
+        ("text", "h\u00e9\u2028\x85\n"),
+        ("finish_reason", "stop"),
+        ("usage", {"prompt_tokens": 4, "completion_tokens": 2, "cached_tokens": 1}),
+        ("error", None),
+    ]
+    assert json.loads(format_answer(3, "a", result, return_token_ids=True))["token_ids"] == [5, 6]
+
+
+def test_the_error_line() -> None:
+    row = json.loads(format_error(3, 3, row_error("invalid_row", "why"), return_token_ids=True))
+    assert row["finish_reason"] == "error"
+    assert row["error"] == {"type": "invalid_row", "message": "why"}
+    assert (row["text"], row["token_ids"]) == ("", [])
+    assert row["usage"] == {"prompt_tokens": 0, "completion_tokens": 0, "cached_tokens": 0}
+
+
+def check_line(line: bytes) -> None:
+    row = parse_row(line, 3, FLAGS)
+    error = row.error if isinstance(row, BadRow) else row_error("invalid_row", "")
+    out = format_error(3, row.id, error, return_token_ids=False)
+    assert out.endswith(b"\n") and len(out.decode("utf-8").splitlines()) == 1
+    assert json.loads(out)["index"] == 3
+    if isinstance(row, Row):
+        assert sum(source is not None for source in (row.prompt, row.messages, row.prompt_token_ids)) == 1
+        (row.prompt or "").encode()
+
+
+@settings(deadline=None)
+@given(st.binary())
+def test_any_bytes(line: bytes) -> None:
+    check_line(line)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just("user"),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS) | st.text(), json_values), st.booleans())
+def test_any_json_object(value: dict[str, Any], ascii: bool) -> None:
+    check_line(json.dumps(value, ensure_ascii=ascii).encode("utf-8", "surrogatepass"))
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(categories=["Cs", "Lu"]), min_size=1, max_size=4))
+def test_lone_surrogates_survive_in_ids_and_messages(text: str) -> None:
+    check_line(json.dumps({"id": text, "prompt": text, text: text}).encode())
+    check_line(json.dumps({"id": text, "messages": [{"role": text, "content": text}]}).encode())

@@ -1,0 +1,155 @@
+"""The runner's own logic, on an engine that is not there: rows are isolated, memory is bounded, nothing is lost."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from minisgl.batch_run.rows import BadRow, Row, parse_row
+from minisgl.batch_run.runner import BatchRun, Summary
+from minisgl.request import SamplingParams
+
+
+class Job:
+    """A BatchRun whose lines are kept, with the engine at hand."""
+
+    def __init__(self, llm: Any, **options: Any):
+        self.lines: list[bytes] = []
+        self.llm = llm
+        self.run = BatchRun(llm, self.lines.extend, **options)
+
+    def __call__(self, rows: Any) -> Summary:
+        return self.run.run(rows)
+
+    @property
+    def rows(self) -> dict[int, dict[str, Any]]:
+        parsed = [json.loads(line) for line in self.lines]
+        assert len({row["index"] for row in parsed}) == len(parsed), "a row was written twice"
+        return {row["index"]: row for row in parsed}
+
+
+def rows_of(*values: Any) -> list[Row | BadRow]:
+    return [
+        parse_row(value if isinstance(value, bytes) else json.dumps(value).encode(), index, SamplingParams())
+        for index, value in enumerate(values)
+    ]
+
+
+def test_every_row_is_answered_once(fake_llm: Any) -> None:
+    job = Job(fake_llm())
+    summary = job(rows_of(*({"prompt": f"p{i}", "id": f"row {i}"} for i in range(50))))
+    assert {index: (row["id"], row["text"]) for index, row in job.rows.items()} == {
+        index: (f"row {index}", f"answer {index}") for index in range(50)
+    }
+    assert (summary.rows, summary.num_errors) == (50, 0)
+    assert summary.prompt_tokens == 10 * 2 + 40 * 3
+    assert summary.output_tokens == sum(index % 3 + 1 for index in range(50))
+    assert summary.cached_tokens == 50
+
+
+def test_a_bad_row_harms_no_other(fake_llm: Any) -> None:
+    job = Job(fake_llm())
+    summary = job(
+        rows_of(
+            {"prompt": "good"},
+            b"nonsense",
+            {"prompt": "x" * 101},
+            {"prompt_token_ids": [1, 2000]},
+            {"prompt": "x", "stop": "ENGINE"},
+            {"prompt": "good", "id": "last"},
+        )
+    )
+    errors = {index: row["error"] and row["error"]["type"] for index, row in job.rows.items()}
+    assert errors == {
+        0: None,
+        1: "invalid_json",
+        2: "prompt_too_long",
+        3: "invalid_token_id",
+        4: "invalid_request",
+        5: None,
+    }
+    assert job.rows[4]["text"] == "half" and job.rows[4]["finish_reason"] == "error"
+    assert (summary.rows, summary.num_errors) == (6, 4)
+    assert summary.first_error.startswith("line 2: not JSON")
+
+
+def test_only_bad_rows(fake_llm: Any) -> None:
+    job = Job(fake_llm())
+    assert job(rows_of(b"1", b"2", b"3")).num_errors == 3
+    assert job.llm.steps == 0
+
+
+def test_no_rows(fake_llm: Any) -> None:
+    job = Job(fake_llm())
+    assert job([]).rows == 0
+    assert job.lines == []
+
+
+def test_prompts_and_messages(fake_llm: Any) -> None:
+    rows = rows_of({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt_token_ids": [97]})
+    for chat, prompts in ((None, [[97], [1, 97, 2], [97]]), (True, [[1, 97, 2], [1, 97, 2], [97]])):
+        job = Job(fake_llm(), chat=chat)
+        job(rows)
+        assert [job.llm.prompts[index] for index in range(3)] == prompts
+    job = Job(fake_llm(), chat=False)
+    job(rows)
+    assert job.llm.prompts == {0: [97], 2: [97]}
+    assert "--no-chat" in job.rows[1]["error"]["message"]
+
+
+def test_a_model_without_a_chat_template(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fake_llm()
+    monkeypatch.setattr(type(llm.tokenizer), "has_chat_template", False)
+    job = Job(llm)
+    job(rows_of({"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a"}))
+    assert "no chat template" in job.rows[0]["error"]["message"]
+    assert job.rows[1]["error"] is None
+
+
+def test_token_ids_only_when_asked_for(fake_llm: Any) -> None:
+    for wanted in (False, True):
+        job = Job(fake_llm(), return_token_ids=wanted)
+        job(rows_of({"prompt": "a"}, b"bad"))
+        assert all(("token_ids" in row) == wanted for row in job.rows.values())
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 31, 32, 33, 1000])
+def test_reading_ahead_is_bounded(fake_llm: Any, num_rows: int) -> None:
+    job = Job(fake_llm(), look_ahead=32)
+    ahead = []
+
+    def rows() -> Iterator[Row | BadRow]:
+        for index in range(num_rows):
+            ahead.append(index + 1 - len(job.lines))
+            yield Row(index, index, prompt="x") if index % 5 else BadRow(index, index, row_of_error)
+
+    row_of_error = rows_of(b"bad")[0].error  # type: ignore[union-attr]
+    assert job(rows()).rows == num_rows == len(job.rows)
+    assert max(ahead, default=0) <= 32
+    assert job.llm.peak <= 32
+
+
+def test_the_engine_never_runs_dry(fake_llm: Any) -> None:
+    """Rows are refilled while others run: fewer steps than one window after another would take."""
+    job = Job(fake_llm(max_running=8), look_ahead=32)
+    job(Row(index, index, prompt="x") for index in range(320))
+    assert job.llm.steps <= 320 * 2 / 8 + 8  # two steps a row, eight at once
+
+
+def test_finished_rows_are_written_before_the_next_step(fake_llm: Any) -> None:
+    written = []
+    job = Job(fake_llm(), on_progress=lambda summary: written.append((summary.rows, len(job.lines))))
+    job(Row(index, index, prompt="x") for index in range(20))
+    assert len(written) > 3
+    assert all(rows == lines for rows, lines in written)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("the device is gone"), KeyboardInterrupt()])
+def test_what_is_finished_is_kept_when_the_engine_stops(fake_llm: Any, failure: BaseException) -> None:
+    llm = fake_llm()
+    llm.fail_at_step, llm.failure = 5, failure
+    job = Job(llm)
+    with pytest.raises(type(failure)):
+        job(Row(index, index, prompt="x") for index in range(100))
+    assert 0 < job.run.summary.rows == len(job.rows) < 100

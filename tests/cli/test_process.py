@@ -1,0 +1,105 @@
+"""The command line as a process: signals, pipes, start-up time. The engine is the stand-in of tests/batch_run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# minisgl with FakeLLM for its engine; a step takes 20 ms, so that there is time to interrupt it.
+PROGRAM = """
+    import sys, time, types
+    from tests.batch_run.fake_llm import FakeLLM
+
+    class SlowLLM(FakeLLM):
+        def step(self):
+            time.sleep(0.02)
+            return super().step()
+
+    sys.modules["minisgl.llm"] = types.SimpleNamespace(LLM=SlowLLM)
+    from minisgl.cli.main import main
+    main()
+"""
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return {**env, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def many_prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f'{{"prompt": "{index}"}}\n' for index in range(5000)))
+    return path
+
+
+def start(*args: object, env: dict[str, str], **streams: int) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *map(str, args)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, **streams)
+
+
+def test_ctrl_c_keeps_whole_rows(many_prompts: Path, environment: dict[str, str]) -> None:
+    results = many_prompts.with_name("prompts.results.jsonl")
+    process = start("run", many_prompts, env=environment)
+    deadline = time.monotonic() + 60
+    while not (results.exists() and results.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    rows = [json.loads(line) for line in results.read_bytes().splitlines()]
+    assert 0 < len(rows) < 5000
+    assert b"Interrupted:" in err.splitlines()[-1] and b"Traceback" not in err
+
+
+def test_a_killed_run_keeps_whole_rows(many_prompts: Path, environment: dict[str, str]) -> None:
+    results = many_prompts.with_name("prompts.results.jsonl")
+    process = start("run", many_prompts, env=environment)
+    deadline = time.monotonic() + 60
+    while not (results.exists() and results.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+    assert [json.loads(line) for line in results.read_bytes().splitlines()]
+
+
+def test_a_reader_that_goes_away(many_prompts: Path, environment: dict[str, str]) -> None:
+    process = start("run", many_prompts, "-o", "-", env=environment, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 2
+    assert process.stderr
+    last = process.stderr.read().splitlines()[-1]
+    assert last.startswith(b"Error: stopped: Broken pipe"), last
+
+
+def test_stdin_that_is_the_output(many_prompts: Path, environment: dict[str, str]) -> None:
+    before = many_prompts.read_bytes()
+    with many_prompts.open("rb") as source, many_prompts.open("ab") as target:
+        process = start("run", "-", "-o", many_prompts, env=environment, stdin=source.fileno())
+        assert process.wait(timeout=60) == 2
+        process = start("run", "-", env=environment, stdin=source.fileno(), stdout=target.fileno())
+        assert process.wait(timeout=60) == 2
+    assert many_prompts.read_bytes() == before
+
+
+def test_help_does_not_import_torch(environment: dict[str, str]) -> None:
+    code = "import sys; from minisgl.cli.main import main; main(['run', '--help'], standalone_mode=False); "
+    code += "sys.exit(bool({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("command", [["-m", "minisgl"], [str(ROOT / "minisgl")]], ids=["module", "folder"])
+def test_the_ways_to_start_it(command: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, *command, "--version"], env=environment, capture_output=True, cwd=tmp_path)
+    assert done.stdout.startswith(b"minisgl, version")

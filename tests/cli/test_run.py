@@ -1,0 +1,201 @@
+"""`minisgl run`: files, flags, messages and exit codes, on an engine that is not there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minisgl.errors import MinisglError
+from tests.cli.conftest import Invoke, read_rows
+
+
+def test_the_quick_start(invoke: Invoke, prompts: Path) -> None:
+    done = invoke("run", "prompts.jsonl")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    assert "demo model" in done.stderr
+    assert "10 rows" not in done.stderr and "10, 0 with errors" in done.stderr
+    assert "prompts.results.jsonl" in done.stderr
+    rows = read_rows("prompts.results.jsonl")
+    assert [(row["id"], row["text"], row["finish_reason"]) for row in rows] == [
+        (f"row {index}", f"answer {index}", "stop") for index in range(10)
+    ]
+    assert "token_ids" not in rows[0]
+    assert invoke("run", "prompts.jsonl").exit_code == 0  # again: the results are replaced
+    assert len(read_rows("prompts.results.jsonl")) == 10
+
+
+def test_the_summary_has_all_figures(invoke: Invoke, prompts: Path) -> None:
+    done = invoke("run", prompts)
+    for word in ("rows", "with errors", "prompt", "from the cache", "output", "tokens/s", " s\n", "results"):
+        assert word in done.stderr, word
+    assert "10/10" in done.stderr  # the bar
+
+
+def test_the_model_is_the_one_that_was_named(invoke: Invoke, prompts: Path, fake_llm: Any) -> None:
+    done = invoke("run", prompts, "-m", "some/model")
+    assert "demo model" not in done.stderr
+    assert fake_llm.made[0].model == "some/model"
+    assert fake_llm.made[0].closed
+
+
+def test_only_flags_that_were_given_reach_the_engine(invoke: Invoke, prompts: Path, fake_llm: Any) -> None:
+    invoke("run", prompts)
+    assert fake_llm.made[0].options == {}
+    assert set(vars(fake_llm.made[0].params[0]).values()) == {None, ()}
+    flags = "--dtype float32 --device cpu --max-running 4 --max-step-tokens 64 --page-size 32 --memory-fraction 0.5"
+    flags += " --load-format dummy --cache none --evict lfu --seed 7"
+    assert invoke("run", prompts, *flags.split()).exit_code == 0
+    assert fake_llm.made[1].options == {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_running": 4,
+        "max_step_tokens": 64,
+        "page_size": 32,
+        "memory_fraction": 0.5,
+        "load_format": "dummy",
+        "cache": "none",
+        "evict": "lfu",
+        "seed": 7,
+    }
+
+
+def test_a_row_wins_over_a_flag_and_a_flag_over_the_model(invoke: Invoke, fake_llm: Any) -> None:
+    rows = [{"prompt": "a"}, {"prompt": "b", "max_tokens": 3, "ignore_eos": False}]
+    Path("in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = "--max-tokens 9 --temperature 0 --top-p 0.5 --top-k 4 --ignore-eos"
+    assert invoke("run", "in.jsonl", *flags.split()).exit_code == 0
+    first, second = (fake_llm.made[0].params[index] for index in range(2))
+    assert (first.max_tokens, first.temperature, first.top_p, first.top_k) == (9, 0, 0.5, 4)
+    assert first.ignore_eos is True and second.ignore_eos is False
+    assert (second.max_tokens, second.temperature) == (3, 0)
+    assert first.seed is None and first.min_p is None  # the engine's and the model's
+
+
+def test_limit_and_token_ids(invoke: Invoke, prompts: Path) -> None:
+    assert invoke("run", prompts, "--limit", "3", "--return-token-ids", "-o", "out").exit_code == 0
+    assert [row["token_ids"] for row in read_rows("out")] == [[7], [7, 7], [7, 7, 7]]
+
+
+def test_stdin_and_stdout(invoke: Invoke, prompts: Path) -> None:
+    done = invoke("run", "-", input=b'{"prompt": "x"}\n')
+    assert (done.exit_code, json.loads(done.stdout)["text"]) == (0, "answer 0")
+    assert "stdout" in done.stderr
+    done = invoke("run", prompts, "-o", "-")
+    assert len(done.stdout.splitlines()) == 10
+    invoke("run", "-", "-o", "out.jsonl", input=b'{"prompt": "x"}\n')
+    assert len(read_rows("out.jsonl")) == 1
+
+
+def test_chat(invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    invoke("run", prompts, "--chat")
+    assert fake_llm.made[0].prompts[0] == [1, ord("p"), ord("0"), 2]
+    from tests.batch_run.fake_llm import FakeTokenizer
+
+    monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
+    done = invoke("run", prompts, "--chat")
+    assert (done.exit_code, "no chat template" in done.stderr) == (2, True)
+
+
+def test_some_rows_fail(invoke: Invoke) -> None:
+    Path("in.jsonl").write_text('{"prompt": "good"}\nbad\n{"prompt": "x", "max_tokens": -1}\n')
+    done = invoke("run", "in.jsonl")
+    assert done.exit_code == 1
+    assert "2 of 3 rows failed: 1 invalid_json, 1 invalid_parameter" in done.stderr
+    assert "line 2" in done.stderr
+    assert [row["finish_reason"] for row in read_rows("in.results.jsonl")] == ["stop", "error", "error"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n \n", b"\xef\xbb\xbf"])
+def test_an_input_without_rows(invoke: Invoke, content: bytes) -> None:
+    Path("in.jsonl").write_bytes(content)
+    done = invoke("run", "in.jsonl")
+    assert done.exit_code == 0
+    assert "The input has no rows" in done.stderr
+    assert Path("in.results.jsonl").read_bytes() == b""
+
+
+CANNOT_START = [
+    (["none.jsonl"], "does not exist"),
+    (["."], "is a folder"),
+    (["prompts.jsonl", "-o", "prompts.jsonl"], "is the input"),
+    (["prompts.jsonl", "-o", "no/such/folder/out.jsonl"], "does not exist; make it"),
+    (["prompts.jsonl", "-o", "."], "is a folder"),
+    (["prompts.jsonl", "--page-size", "17"], "must be a power of two from 16 to 256"),
+    (["prompts.jsonl", "--page-size", "8"], "16<=x<=256"),
+    (["prompts.jsonl", "--temperature", "-1"], "0<=x<=100"),
+    (["prompts.jsonl", "--temperature", "nan"], "must be a number"),
+    (["prompts.jsonl", "--max-tokens", "0"], "x>=1"),
+    (["prompts.jsonl", "--max-running", "0"], "1<=x<=65536"),
+    (["prompts.jsonl", "--memory-fraction", "2"], "0.05<=x<=0.99"),
+    (["prompts.jsonl", "--limit", "0"], "x>=1"),
+    (["prompts.jsonl", "--dtype", "int4"], "'float16'"),
+    (["prompts.jsonl", "--cache", "big"], "'radix', 'none'"),
+    (["prompts.jsonl", "--no-such-flag"], "No such option"),
+    ([], "Missing argument"),
+]
+
+
+@pytest.mark.parametrize(("args", "says"), CANNOT_START)
+def test_jobs_that_cannot_start(invoke: Invoke, prompts: Path, fake_llm: Any, args: list[str], says: str) -> None:
+    before = prompts.read_bytes()
+    done = invoke("run", *args)
+    assert done.exit_code == 2
+    assert says in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Error: ") and "Traceback" not in done.stderr
+    assert prompts.read_bytes() == before
+    assert [path.name for path in Path().iterdir()] == ["prompts.jsonl"]
+    assert not fake_llm.made, "nothing is loaded for a job that cannot start"
+
+
+@pytest.mark.parametrize(
+    "error", [MinisglError("no such model: do this"), RuntimeError("odd\nthing"), OSError(28, "disk")]
+)
+def test_a_model_that_cannot_be_loaded(
+    invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(fake_llm, "__init__", refuse)
+    Path("prompts.results.jsonl").write_text("old\n")
+    done = invoke("run", prompts, "-m", "some/model")
+    assert done.exit_code == 2
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("Error: ")
+    assert "Traceback" in invoke("run", prompts, "-m", "some/model", "--debug").stderr
+    assert Path("prompts.results.jsonl").read_text() == "old\n"
+
+
+def test_an_engine_that_fails(invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_llm, "fail_at_step", 3)
+    done = invoke("run", prompts)
+    assert done.exit_code == 2
+    finished = len(read_rows("prompts.results.jsonl"))
+    assert 0 < finished < 10
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: stopped: RuntimeError: the device is gone second line")
+    assert f"{finished} finished rows are in prompts.results.jsonl" in last.replace(f"{prompts.parent}/", "")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in invoke("run", prompts, "--debug").stderr
+
+
+def test_ctrl_c(invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_llm, "failure", KeyboardInterrupt())
+    monkeypatch.setattr(fake_llm, "fail_at_step", 3)
+    done = invoke("run", prompts)
+    assert done.exit_code == 130
+    finished = len(read_rows("prompts.results.jsonl"))
+    assert done.stderr.splitlines()[-1].startswith(f"Interrupted: {finished} finished rows are in ")
+    assert fake_llm.made[0].closed
+
+
+def test_ctrl_c_before_the_first_row_keeps_old_results(
+    invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("prompts.results.jsonl").write_text("old\n")
+    monkeypatch.setattr(fake_llm, "failure", KeyboardInterrupt())
+    monkeypatch.setattr(fake_llm, "fail_at_step", 1)
+    done = invoke("run", prompts)
+    assert done.stderr.splitlines()[-1] == "Interrupted: no row was finished"
+    assert Path("prompts.results.jsonl").read_text() == "old\n"

@@ -1,0 +1,9 @@
+import torch
+
+from minisgl.kernels.embedding import embedding
+
+
+def launch() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for vocab, hidden in ((2048, 256), (32000, 1000), (2000, 1024), (2000, 4096)):
+            embedding(torch.empty(4, dtype=torch.int32), torch.empty(vocab, hidden, dtype=dtype))

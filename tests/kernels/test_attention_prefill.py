@@ -1,0 +1,276 @@
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.kernels import attention_prefill as module
+from minisgl.kernels import launch
+from minisgl.kernels.attention_prefill import (
+    attention_prefill,
+    attention_prefill_reference,
+    prefill_tiles,
+    query_block,
+)
+from minisgl.kernels.paged import shuffled_page_table, store_in_pages
+
+
+class Problem(NamedTuple):
+    """Arguments of a launch. Slots without a key are NaN, and page-table entries without a page are -1."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    page_table: torch.Tensor
+    rows: torch.Tensor
+    cu_seqlens: torch.Tensor
+    kv_lens: torch.Tensor
+    dense: list[tuple[torch.Tensor, torch.Tensor]]  # keys, values of each sequence  # [kv_len, K, D]
+
+    def launch(self, window: int = 0) -> torch.Tensor:
+        out = torch.full(self.q.shape, float("nan"), dtype=self.q.dtype, device=self.q.device)
+        head_dim, device = self.q.shape[2], self.q.device
+        lens = self.kv_lens.cpu().numpy()
+        tiles = prefill_tiles(self.cu_seqlens.cpu().diff().numpy(), lens, query_block(head_dim, device, self.q.dtype))
+        tiles = torch.from_numpy(tiles).to(device)
+        attention_prefill(*self[:7], tiles, scale=head_dim**-0.5, window=window, out=out)
+        return out
+
+    def expected(self, window: int = 0) -> torch.Tensor:
+        """In float64, from the pages."""
+        q, k_cache, v_cache = (x.double() for x in self[:3])
+        return attention_prefill_reference(q, k_cache, v_cache, *self[3:7], scale=q.shape[2] ** -0.5, window=window)
+
+
+def make_problem(
+    query_lens: list[int],
+    cached_lens: list[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Problem:
+    kv_lens = [new + cached for new, cached in zip(query_lens, cached_lens, strict=True)]
+    tokens = sum(query_lens)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, device=device, dtype=dtype)
+    dense = [torch.randn(2, kv_len, kv_heads, head_dim, device=device, dtype=dtype) for kv_len in kv_lens]
+    table = shuffled_page_table(kv_lens, page_size, device)
+    k_cache, v_cache = (store_in_pages([kv[i] for kv in dense], table, page_size) for i in range(2))
+    rows = torch.randperm(len(kv_lens) + 3, device=device)[: len(kv_lens)].int()
+    page_table = torch.full((len(kv_lens) + 3, table.shape[1] + 1), -1, dtype=torch.int32, device=device)
+    page_table[rows, :-1] = table
+    return Problem(
+        q=qkv[:, :heads],
+        k_cache=k_cache,
+        v_cache=v_cache,
+        page_table=page_table,
+        rows=rows,
+        cu_seqlens=torch.tensor(np.cumsum([0, *query_lens]), dtype=torch.int32, device=device),
+        kv_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),
+        dense=[(kv[0], kv[1]) for kv in dense],
+    )
+
+
+@pytest.mark.parametrize("window", [0, 1, 50])
+def test_reference_is_dense_causal_attention(device, window):
+    problem = make_problem([5, 1, 70], [0, 33, 20], 6, 2, 16, 16, device, torch.float64)
+    out = problem.expected(window)
+    for s, (k, v) in enumerate(problem.dense):
+        begin, end = problem.cu_seqlens[s], problem.cu_seqlens[s + 1]
+        for t in range(begin, end):
+            place = len(k) - int(end) + t
+            seen = slice(max(place - window + 1, 0) if window else 0, place + 1)
+            for head in range(6):
+                weights = (k[seen, head // 3] @ problem.q[t, head] * 16**-0.5).softmax(0)
+                torch.testing.assert_close(out[t, head], weights @ v[seen, head // 3])
+
+
+@pytest.mark.parametrize(
+    "query_lens, cached_lens, heads, kv_heads, head_dim, page_size",
+    [
+        ([1, 63, 64, 65, 2], [0, 0, 0, 0, 0], 4, 2, 64, 16),
+        ([1, 40, 33, 7], [100, 0, 31, 250], 3, 1, 80, 64),
+        ([65, 1, 31], [63, 64, 129], 5, 1, 96, 32),
+        ([96, 32, 1], [0, 64, 255], 4, 4, 128, 256),
+        ([33, 20], [17, 300], 7, 1, 256, 128),
+        ([90], [5], 12, 1, 16, 16),
+        ([1000], [0], 1, 1, 64, 64),
+    ],
+)
+def test_matches_float64(
+    device, dtype, assert_close, query_lens, cached_lens, heads, kv_heads, head_dim, page_size
+):
+    problem = make_problem(query_lens, cached_lens, heads, kv_heads, head_dim, page_size, device, dtype)
+    assert_close(problem.launch(), problem.expected())
+
+
+@pytest.mark.parametrize("window", [1, 7, 32, 33, 100, 5000])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_sliding_window(device, dtype, assert_close, window, page_size):
+    problem = make_problem([130, 1, 40], [0, 300, 111], 2, 1, 64, page_size, device, dtype)
+    out = problem.launch(window)
+    assert_close(out, problem.expected(window))
+    if window <= 100:  # the window is seen to matter
+        assert not torch.allclose(out.double(), problem.expected(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_keys_before_the_window_are_never_read(device, dtype, assert_close, page_size):
+    """Their pages may have been given away: the ids are garbage, and so is what lies there."""
+    problem = make_problem([40], [300], 2, 1, 64, page_size, device, dtype)
+    expected = problem.expected(window=20)
+    first_seen = 300 - 20 + 1
+    row = int(problem.rows[0])
+    for key in range(first_seen):
+        page = int(problem.page_table[row, key // page_size])
+        problem.k_cache[page, key % page_size] = float("nan")
+        problem.v_cache[page, key % page_size] = float("nan")
+    problem.page_table[row, : first_seen // page_size] = -(2**30)
+    assert_close(problem.launch(window=20), expected)
+
+
+def test_a_prompt_in_chunks_is_the_whole_prompt(device, dtype):
+    problem = make_problem([150], [0], 4, 2, 64, 16, device, dtype)
+    whole = problem.launch()
+    for begin, end in ((0, 37), (37, 101), (101, 150)):
+        chunk = problem._replace(
+            q=problem.q[begin:end],
+            cu_seqlens=torch.tensor([0, end - begin], dtype=torch.int32, device=device),
+            kv_lens=torch.tensor([end], dtype=torch.int32, device=device),
+        )
+        torch.testing.assert_close(chunk.launch(), whole[begin:end], rtol=1e-2, atol=4e-3)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(device, dtype):
+    query_lens = [70, 1, 33, 64]
+    problem = make_problem(query_lens, [0, 90, 45, 7], 4, 2, 64, 16, device, dtype)
+    together = problem.launch()
+    offsets = problem.cu_seqlens.tolist()
+    for s, query_len in enumerate(query_lens):
+        alone = problem._replace(
+            q=problem.q[offsets[s] : offsets[s + 1]],
+            rows=problem.rows[s : s + 1],
+            cu_seqlens=torch.tensor([0, query_len], dtype=torch.int32, device=device),
+            kv_lens=problem.kv_lens[s : s + 1],
+        )
+        assert torch.equal(alone.launch(), together[offsets[s] : offsets[s + 1]])
+
+
+def test_tokens_of_no_sequence_are_not_written(device, dtype, assert_close):
+    problem = make_problem([40, 9], [0, 30], 2, 1, 64, 16, device, dtype)
+    padded = problem._replace(q=torch.cat([problem.q, torch.full_like(problem.q[:5], float("nan"))]))
+    out = padded.launch()
+    assert_close(out[:49], problem.expected())
+    assert out[49:].isnan().all()
+
+
+def test_cpu_tensors_run_the_reference(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRET", False)
+    problem = make_problem([40, 9], [0, 30], 6, 2, 64, 16, torch.device("cpu"), torch.float32)
+    expected = attention_prefill_reference(*problem[:7], scale=64**-0.5, window=8)
+    assert torch.equal(problem.launch(window=8), expected)
+
+
+def test_tiles_cover_each_query_once_heaviest_first():
+    rng = np.random.default_rng(0)
+    for block in (32, 128):
+        query_lens = rng.integers(0, 400, size=20)
+        kv_lens = query_lens + rng.integers(0, 400, size=20)
+        tiles = prefill_tiles(query_lens, kv_lens, block)
+        assert tiles.dtype == np.int32
+        assert sorted(map(tuple, tiles.tolist())) == [
+            (s, i) for s, query_len in enumerate(query_lens) for i in range(-(-query_len // block))
+        ]
+        ends = [kv_lens[s] - query_lens[s] + min((i + 1) * block, query_lens[s]) for s, i in tiles]
+        assert ends == sorted(ends, reverse=True)
+    assert prefill_tiles([], [], 32).shape == (0, 2)
+
+
+@pytest.mark.parametrize("arch", module.TILES)
+def test_every_architecture_has_a_tile_of_each_size(arch, monkeypatch):
+    monkeypatch.setattr(module, "architecture", lambda device: arch)
+    for head_dim in (16, 64, 80, 96, 128, 256):
+        assert query_block(head_dim, torch.device("cpu"), torch.bfloat16) in (32, 64, 128)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("q", lambda a: a.update(q=a["q"][0])),
+        ("q", lambda a: a.update(q=a["q"].transpose(0, 1))),
+        ("q", lambda a: a.update(q=a["q"][:, :, :20])),
+        ("k_cache", lambda a: a.update(k_cache=a["k_cache"].half())),
+        ("k_cache", lambda a: a.update(k_cache=a["k_cache"][:, :12])),
+        ("k_cache", lambda a: a.update(k_cache=a["k_cache"].transpose(1, 2).contiguous().transpose(1, 2))),
+        ("k_cache", lambda a: a.update(k_cache=a["k_cache"].repeat(1, 1, 2, 1)[:, :, :3])),
+        ("v_cache", lambda a: a.update(v_cache=a["v_cache"][:-1])),
+        ("page_table", lambda a: a.update(page_table=a["page_table"].long())),
+        ("page_table", lambda a: a.update(page_table=a["page_table"][:, ::2])),
+        ("rows", lambda a: a.update(rows=a["rows"][None])),
+        ("cu_seqlens", lambda a: a.update(cu_seqlens=a["cu_seqlens"][:-1])),
+        ("kv_lens", lambda a: a.update(kv_lens=a["kv_lens"][:-1])),
+        ("tiles", lambda a: a.update(tiles=a["tiles"].flatten())),
+        ("scale", lambda a: a.update(scale=0.0)),
+        ("window", lambda a: a.update(window=-1)),
+        ("out", lambda a: a.update(out=a["out"][:-1])),
+        ("out", lambda a: a.update(out=a["out"].double())),
+    ],
+)
+def test_refuses_bad_arguments(device, name, change):
+    problem = make_problem([40, 9], [0, 30], 4, 2, 64, 16, device, torch.float32)
+    arguments = problem._asdict()
+    del arguments["dense"]
+    block = query_block(64, device, torch.float32)
+    arguments.update(
+        tiles=torch.from_numpy(prefill_tiles([40, 9], [40, 39], block)).to(device),
+        scale=0.125,
+        window=0,
+        out=torch.empty(problem.q.shape, device=device),
+    )
+    attention_prefill(**arguments)
+    change(arguments)
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        attention_prefill(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("window", [0, 1000])
+def test_every_tile_on_long_contexts(device, dtype, assert_close, page_size, head_dim, window):
+    """Random data at scale finds wrong matmul fragments that short runs through the interpreter cannot."""
+    problem = make_problem([700, 129, 1], [20_000, 3000, 5000], 8, 2, head_dim, page_size, device, dtype)
+    out = problem.launch(window)
+    assert_close(out, problem.expected(window))
+    assert torch.equal(out, problem.launch(window))
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits(device, assert_close):
+    problem = make_problem([300], [500], 8, 8, 128, 64, device, torch.bfloat16)
+    expected = problem.expected()
+    first_page = 2**31 // (64 * 8 * 128)
+    far = [torch.empty(first_page + len(c), *c.shape[1:], device=device, dtype=c.dtype) for c in problem[1:3]]
+    for cache, near in zip(far, problem[1:3], strict=True):
+        cache[first_page:] = near
+    page_table = torch.where(problem.page_table >= 0, problem.page_table + first_page, -1)
+    assert_close(problem._replace(k_cache=far[0], v_cache=far[1], page_table=page_table).launch(), expected)
+
+
+@pytest.mark.gpu
+def test_index_alignment_does_not_recompile(device):
+    problem = make_problem([40, 9, 3], [0, 30, 3], 2, 1, 64, 16, device, torch.float16)
+    problem.launch()
+    cache = module._attention_prefill_kernel.device_caches[torch.cuda.current_device()][0]
+    before = len(cache)
+    tail = problem._replace(
+        q=problem.q[40:],
+        rows=problem.rows[1:],
+        cu_seqlens=problem.cu_seqlens[1:] - 40,
+        kv_lens=problem.kv_lens[1:],
+        page_table=problem.page_table[:, :-1].contiguous(),
+    )
+    tail.launch()
+    assert len(cache) == before

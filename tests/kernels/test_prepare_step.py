@@ -1,0 +1,111 @@
+import pytest
+import torch
+from minisgl.kernels.prepare_step import prepare_step, prepare_step_reference
+
+PAGE = 16
+
+
+def table(device):
+    """A row table of 6 rows and 640 tokens, with everything unused poisoned."""
+    pages = torch.randperm(6 * 40, dtype=torch.int32, device=device).view(6, 40)
+    tokens = torch.full((6, 640), -9, dtype=torch.int32, device=device)
+    return tokens, torch.full((6,), -9, dtype=torch.int32, device=device), pages
+
+
+def ints(values, device):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("counts, decodes", [([1, 1, 1], 3), ([300], 0), ([1, 1, 257, 16, 1], 2), ([1, 63], 1)])
+def test_matches_the_reference(device, counts, decodes):
+    sequences = len(counts)
+    tokens, length, pages = table(device)
+    rows = torch.randperm(6, device=device)[:sequences].int()
+    offsets = ints([sum(counts[:i]) for i in range(sequences + 1)], device)
+    starts = ints([-1] * decodes + [16 * (i % 3) for i in range(sequences - decodes)], device)
+    store_from = starts.clamp_min(0) + ints([0] * decodes + [7] * (sequences - decodes), device)
+    for i in range(decodes):
+        length[rows[i]] = 30 + i
+        tokens[rows[i], 30 + i] = 100 + i
+    chunk_ids = torch.randint(0, 1000, (sum(counts) - decodes,), dtype=torch.int32, device=device)
+
+    want_tokens, want_length = tokens.clone(), length.clone()
+    want = prepare_step_reference(
+        rows, starts, offsets, store_from, chunk_ids, decodes, want_tokens, want_length, pages, PAGE
+    )
+    out = prepare_step(rows, starts, offsets, store_from, chunk_ids, decodes, max(counts), tokens, length, pages, PAGE)
+
+    assert torch.equal(tokens, want_tokens) and torch.equal(length, want_length)
+    for name in ("input_ids", "positions", "slots", "kv_lens"):
+        assert torch.equal(getattr(out, name), getattr(want, name).int()), name
+
+
+def test_a_decoding_row_goes_on_from_its_length(device):
+    tokens, length, pages = table(device)
+    length[2], tokens[2, 33] = 33, 77
+    one = ints([2], device)
+    out = prepare_step(
+        one,
+        ints([-1], device),
+        ints([0, 1], device),
+        ints([0], device),
+        ints([], device),
+        1,
+        1,
+        tokens,
+        length,
+        pages,
+        PAGE,
+    )
+    assert (out.input_ids.item(), out.positions.item(), out.kv_lens.item(), length[2].item()) == (77, 33, 34, 34)
+    assert out.slots.item() == pages[2, 2].item() * PAGE + 1
+
+
+def test_stored_tokens_are_not_stored_again(device):
+    tokens, length, pages = table(device)
+    out = prepare_step(
+        ints([0], device),
+        ints([31], device),
+        ints([0, 1], device),
+        ints([32], device),
+        ints([5], device),
+        0,
+        1,
+        tokens,
+        length,
+        pages,
+        PAGE,
+    )
+    assert out.slots.item() == -1
+
+
+def test_refuses_bad_arguments(device):
+    tokens, length, pages = table(device)
+    with pytest.raises(ValueError, match="^offsets:"):
+        prepare_step(
+            ints([0], device),
+            ints([-1], device),
+            ints([0], device),
+            ints([0], device),
+            ints([], device),
+            1,
+            1,
+            tokens,
+            length,
+            pages,
+            PAGE,
+        )
+    with pytest.raises(ValueError, match="^length: expected int32"):
+        prepare_step(
+            ints([0], device),
+            ints([-1], device),
+            ints([0, 1], device),
+            ints([0], device),
+            ints([], device),
+            1,
+            1,
+            tokens,
+            length.long(),
+            pages,
+            PAGE,
+        )

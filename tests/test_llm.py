@@ -1,0 +1,205 @@
+"""The whole engine against transformers: greedy tokens of small random models, however the work is cut up."""
+
+import random
+
+import pytest
+import torch
+
+from minisgl import LLM, MinisglError, SamplingParams
+from tests.tiny_models import NAMES, VOCAB_SIZE, make
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+SMALL = {"dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# Enough pages for about two and a half of the longer requests below: the others are preempted and resume.
+TINY_POOL = {"num_pages": 22}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """`folder(name)`: a tiny checkpoint, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+def prompts_of_all_kinds(seed: int = 0) -> list[list[int]]:
+    """One token, a few, prompts longer than a step, a group that shares a prefix, and two that are the same."""
+    rng = random.Random(seed)
+
+    def ids(count):
+        return [rng.randrange(VOCAB_SIZE) for _ in range(count)]
+
+    system = ids(48)
+    twin = ids(32)
+    return [ids(1), ids(7), ids(150), ids(100), system + ids(5), system + ids(20), system + ids(33), twin, list(twin)]
+
+
+def transformers_tokens(folder, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    out = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            for _ in range(max_tokens):
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        out.append(ids[0, len(prompt) :].tolist())
+    return out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_transformers(folder, name, device):
+    """Chunks, shared prefixes, cache hits and preemption change nothing."""
+    prompts = prompts_of_all_kinds()
+    expected = transformers_tokens(folder(name), prompts, GREEDY.max_tokens)
+    with LLM(folder(name), device=device, **SMALL, **TINY_POOL) as llm:
+        first = llm.generate(prompts, GREEDY)
+        assert [result.token_ids for result in first] == expected
+        assert llm.scheduler.num_preemptions > 0
+        again = llm.generate(prompts, GREEDY)  # now some prefixes are cached
+        assert [result.token_ids for result in again] == expected
+        assert sum(result.usage.cached_tokens for result in first) > 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["qwen3", "mistral-window", "llama-llama3"])
+def test_the_triton_kernels_give_the_same_tokens(folder, name):
+    prompts = [prompt[:70] for prompt in prompts_of_all_kinds()[:6]]
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    expected = transformers_tokens(folder(name), prompts, 3)
+    with LLM(folder(name), device="auto", **SMALL, num_pages=40) as llm:
+        assert [result.token_ids for result in llm.generate(prompts, params)] == expected
+
+
+@pytest.mark.parametrize("options", [{"cache": "none"}, {"evict": "lfu"}, {"page_size": 128, "max_step_tokens": 256}])
+def test_options_do_not_change_the_tokens(folder, options):
+    prompts = prompts_of_all_kinds()
+    with LLM(folder("qwen3"), device="cpu", **SMALL, num_pages=64) as llm:
+        expected = [result.token_ids for result in llm.generate(prompts, GREEDY)]
+    with LLM(folder("qwen3"), device="cpu", **{**SMALL, "num_pages": 64, **options}) as llm:
+        assert [result.token_ids for result in llm.generate(prompts, GREEDY)] == expected
+
+
+def test_a_seed_gives_the_same_text_whatever_runs_beside(folder):
+    prompts = prompts_of_all_kinds()
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=8, ignore_eos=True, seed=5)
+    with LLM(folder("qwen3"), device="cpu", **SMALL, **TINY_POOL) as llm:
+        together = [result.token_ids for result in llm.generate(prompts, params)]
+        alone = [llm.generate(prompt, params)[0].token_ids for prompt in prompts]
+        other = [result.token_ids for result in llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True))]
+    assert together == alone
+    assert together != other
+
+
+def test_equal_prompts_without_a_seed_differ_but_a_job_repeats_itself(folder):
+    params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True)
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        first = [result.token_ids for result in llm.generate([[1, 2, 3]] * 4, params)]
+        second = [result.token_ids for result in llm.generate([[1, 2, 3]] * 4, params)]
+    assert first == second
+    assert len({tuple(ids) for ids in first}) > 1
+
+
+def test_two_engines_live_in_one_process(folder):
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as one, LLM(folder("llama"), device="cpu", **SMALL) as other:
+        prompt = list(range(20))
+        before = one.generate(prompt, GREEDY)[0].token_ids
+        other.generate(prompt, GREEDY)
+        assert one.generate(prompt, GREEDY)[0].token_ids == before
+
+
+def test_text_in_and_out(folder):
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        [one] = llm.generate("the inn", GREEDY)
+        [same] = llm.generate([llm.tokenizer.encode("the inn")], GREEDY)
+        assert one.token_ids == same.token_ids and one.text == llm.tokenizer.decode(one.token_ids)
+        assert one.usage.prompt_tokens == len(llm.tokenizer.encode("the inn"))
+        assert (one.finish_reason, one.usage.completion_tokens) == ("length", 10)
+        conversation = [{"role": "user", "content": "the inn"}]
+        [answer] = llm.chat(conversation, GREEDY)
+        assert answer.usage.prompt_tokens == len(llm.tokenizer.apply_chat_template(conversation))
+        assert [result.text for result in llm.chat([conversation, conversation], GREEDY)] == [answer.text] * 2
+
+
+def test_stops(folder):
+    """At EOS ids, at stop ids, at stop strings; the text ends before them."""
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        [free] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        third = free.token_ids[2]
+        [by_id] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[third]))
+        end = free.token_ids.index(third) + 1
+        assert (by_id.finish_reason, by_id.token_ids) == ("stop", free.token_ids[:end])
+        assert by_id.text == llm.tokenizer.decode(free.token_ids[: end - 1])
+        stop = free.text[2:4]
+        [by_text] = llm.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop))
+        assert (by_text.finish_reason, by_text.text) == ("stop", free.text[: free.text.index(stop)])
+        assert len(by_text.token_ids) < 12
+
+
+def test_the_prefix_cache_is_used_and_reset(folder):
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        prompt = list(range(50))
+        cached = [llm.generate(prompt, GREEDY)[0].usage.cached_tokens for _ in range(2)]
+        llm.reset_prefix_cache()
+        cached.append(llm.generate(prompt, GREEDY)[0].usage.cached_tokens)
+    assert cached == [0, 48, 0]
+
+
+def test_bad_prompts_get_errors_and_the_others_answers(folder):
+    with LLM(folder("qwen3"), device="cpu", max_len=64, **SMALL) as llm:
+        prompts = [[1, 2], [], [VOCAB_SIZE + 7], [-1], [1] * 64, "\ud800", [3, 4]]
+        results = llm.generate(prompts, GREEDY)
+        assert [result.finish_reason for result in results] == ["length", *["error"] * 5, "length"]
+        messages = [str(result.error) for result in results]
+        assert "no tokens" in messages[1] and f"id {VOCAB_SIZE + 7} is outside" in messages[2]
+        assert "id -1 is outside" in messages[3] and "64 tokens" in messages[4] and "Unicode" in messages[5]
+        [result] = llm.chat([{"role": "robot", "content": "hi"}], GREEDY)
+        assert "robot" in str(result.error)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"page_size": 48}, "power of two"),
+        ({"max_runing": 3}, "max_running"),
+        ({"max_step_tokens": 32}, "max_step_tokens"),
+        ({"max_len": 10**9}, "context"),
+        ({"device": "tpu"}, "cuda:N"),
+        ({"device": "cuda:99"}, "GPU"),
+        ({"num_pages": 1}, "no room"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(folder, options, words):
+    with pytest.raises(MinisglError, match=words):
+        LLM(folder("qwen3"), **{"device": "cpu", **options})
+
+
+def test_a_closed_engine_says_so(folder):
+    llm = LLM(folder("qwen3"), device="cpu", **SMALL)
+    llm.close()
+    llm.close()
+    with pytest.raises(MinisglError, match="closed"):
+        llm.generate([1], GREEDY)
+
+
+def test_a_step_that_fails_leaves_the_engine_usable(folder, monkeypatch):
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        expected = llm.generate(list(range(40)), GREEDY)[0].token_ids
+        llm.reset_prefix_cache()
+        forward = llm.engine.model.forward
+        monkeypatch.setattr(llm.engine.model, "forward", lambda *args: (_ for _ in ()).throw(RuntimeError("broken")))
+        with pytest.raises(RuntimeError, match="broken"):
+            llm.generate(list(range(40)), GREEDY)
+        monkeypatch.setattr(llm.engine.model, "forward", forward)
+        [after] = llm.generate(list(range(40)), GREEDY)
+        assert (after.token_ids, after.usage.cached_tokens) == (expected, 0)
+        llm.reset_prefix_cache()
+        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages

@@ -1,0 +1,111 @@
+import json
+
+import pytest
+
+from minisgl.errors import MinisglError, RequestError
+from minisgl.tokenizer import Tokenizer
+from tests.tiny_models import EOS_ID, VOCAB_SIZE, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder)
+
+
+def test_ids_and_back(tokenizer):
+    text = "Hello , world ! 😀 日本語 <|im_end|>"
+    ids = tokenizer.encode(text)
+    assert ids[-1] == EOS_ID == tokenizer.eos_id
+    assert tokenizer.decode(ids) == "Hello , world ! 😀 日本語 "  # no clean-up of spaces, no special tokens
+    assert tokenizer.vocab_size == VOCAB_SIZE
+
+
+def test_a_batch_is_its_texts(tokenizer):
+    texts = ["the cat", "", "😀", "a" * 3000]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+    assert tokenizer.encode("") == []
+
+
+def test_half_a_surrogate_pair_is_the_requests_fault(tokenizer):
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        tokenizer.encode("ok \ud83d")
+
+
+def test_a_prompt_gets_the_models_special_tokens(tmp_path):
+    """A BOS before prompts, but not a second one before what the chat template wrote."""
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    token, bos = "<|endoftext|>", VOCAB_SIZE - 3
+    single = [{"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    specials = {token: {"id": token, "ids": [bos], "tokens": [token]}}
+    raw["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": specials}
+    path.write_text(json.dumps(raw))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("a")[0] == bos
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}])[0] != bos
+
+
+def test_chat_template(tokenizer):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(messages)
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert ids == tokenizer.encode(expected)
+    assert tokenizer.has_chat_template
+
+
+@pytest.mark.parametrize(
+    "messages, message",
+    [
+        ([], "non-empty list"),
+        ("hello", "non-empty list"),
+        ({"role": "user", "content": "x"}, "non-empty list"),
+        (["hello"], r"messages\[0\] is a str; it must be an object"),
+        ([{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}], r"messages\[1\] has role 'robot'; accep"),
+        ([{"content": "x"}], r"role None; accepted: system, user, assistant, tool"),
+        ([{"role": ["user"], "content": "x"}], r"role \['user'\]; accepted"),
+        ([{"role": "user"}], "missing or null; it must be a string"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "a list; it must be a string"),
+        ([{"role": "tool", "content": "x"}], "chat template refused the messages: this model has no tools"),
+        ([{"role": "user", "content": "\ud83d"}], "not valid Unicode"),
+    ],
+)
+def test_bad_messages(tokenizer, messages, message):
+    with pytest.raises(RequestError, match=message):
+        tokenizer.apply_chat_template(messages)
+
+
+def test_a_template_runs_in_a_sandbox(tmp_path):
+    make_tokenizer(tmp_path, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(RequestError, match="refused the messages: .*unsafe"):
+        Tokenizer(tmp_path).apply_chat_template([{"role": "user", "content": "x"}])
+
+
+def test_no_chat_template(tmp_path):
+    make_tokenizer(tmp_path, chat_template=None)
+    tokenizer = Tokenizer(tmp_path)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(RequestError, match="no chat template") as caught:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}])
+    assert caught.value.type == "no_chat_template"
+
+
+def test_no_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MinisglError, match=r"no tokenizer that transformers can load .*copy tokenizer.json"):
+        Tokenizer(tmp_path)
+
+
+def test_broken_tokenizer(tmp_path):
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    with pytest.raises(MinisglError, match="no tokenizer that transformers can load"):
+        Tokenizer(tmp_path)

@@ -1,0 +1,107 @@
+"""Small random checkpoints of every family on disk, each with a byte-level tokenizer: `make(name, folder)`.
+
+The weights are spread wide enough that greedy tokens have clear winners, biases and norm weights included.
+"""
+
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'tool' %}{{ raise_exception('this model has no tools') }}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a")]
+VOCAB_SIZE = 256 + len(MERGES) + len(SPECIAL_TOKENS)
+EOS_ID = VOCAB_SIZE - 1  # <|im_end|>
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def _heads(query: int, kv: int, head_dim: int) -> dict[str, int]:
+    return {
+        "num_attention_heads": query,
+        "num_key_value_heads": kv,
+        "head_dim": head_dim,
+        "hidden_size": 12 * query,
+        "intermediate_size": 100,
+    }
+
+
+_MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("Llama", _heads(6, 2, 64)),
+    "llama-llama3": ("Llama", {**_heads(4, 1, 128), "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-linear": ("Llama", {**_heads(12, 4, 80), "rope_parameters": LINEAR_ROPE}),
+    "llama-yarn": ("Llama", {**_heads(4, 4, 96), "rope_parameters": YARN_ROPE}),
+    "llama-bias": ("Llama", {**_heads(4, 2, 64), "attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", {**_heads(4, 2, 128), "sliding_window": None}),
+    "mistral-window": ("Mistral", {**_heads(8, 2, 64), "sliding_window": 9}),
+    "qwen2": ("Qwen2", {**_heads(7, 7, 64), "tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2",
+        {**_heads(6, 2, 80), "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {**_heads(5, 1, 128), "tie_word_embeddings": True}),
+    "qwen3-yarn": ("Qwen3", {**_heads(4, 2, 96), "rope_parameters": YARN_ROPE, "attention_bias": True}),
+}
+NAMES: list[str] = list(_MODELS)
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write the checkpoint `name`, one of NAMES, in float32 with its tokenizer to `folder`; returns the folder."""
+    import torch
+    import transformers
+
+    family, settings = _MODELS[name]
+    if "rope_parameters" in settings and transformers.__version__ < "5":
+        rope = dict(settings["rope_parameters"])
+        settings = {**settings, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+        del settings["rope_parameters"]
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCAB_SIZE,
+        num_hidden_layers=3,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        **settings,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(NAMES.index(name))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if key.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif key.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(1.5 * noise / parameter.shape[1] ** 0.5)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Write a byte-level BPE tokenizer of VOCAB_SIZE tokens, so that every id and every text is possible."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
+    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, MERGES))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
