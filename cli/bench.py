@@ -5,17 +5,17 @@ from typing import Any
 
 import click
 
-from minisgl.cli.options import OneLineErrors, engine_flag, engine_options, model_option
+from minisgl.cli.options import OneLineErrors, engine_flag, engine_options
 
 EXAMPLES = """\b
 Examples:
-  minisgl bench throughput --workload mini -m path/to/model --load-format dummy
+  minisgl bench throughput --workload mini
   minisgl bench kernels rms_norm attention_decode
 """
 THROUGHPUT_EXAMPLES = """\b
 Examples:
   minisgl bench throughput --workload mini
-  minisgl bench throughput --workload shared_prefix -m path/to/model --load-format dummy --json row.json
+  minisgl bench throughput --workload shared_prefix -m path/to/model --repeats 5 --json rows.json
 """
 KERNELS_EXAMPLES = """\b
 Examples:
@@ -24,7 +24,7 @@ Examples:
 """
 
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also write the figures to this file."
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also add the figures to this file."
 )
 
 
@@ -34,7 +34,14 @@ def bench() -> None:
 
 
 @bench.command(cls=OneLineErrors, epilog=THROUGHPUT_EXAMPLES)
-@model_option
+@click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    default="qwen3-0.6b",
+    show_default=True,
+    help="Model folder, Hugging Face id, or a shape of bench/models with dummy weights.",
+)
 @click.option(
     "--workload",
     type=click.Choice(("mini", "single", "prefill", "shared_prefix")),
@@ -45,12 +52,11 @@ def bench() -> None:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of the workload.")
 @json_option
 @engine_options
-def throughput(model: str | None, workload: str, repeats: int, json_path: Path | None, engine: dict[str, Any]) -> None:
+def throughput(model: str, workload: str, repeats: int, json_path: Path | None, engine: dict[str, Any]) -> None:
     """Run a workload offline and print tokens per second."""
     from minisgl.bench.throughput import run
-    from minisgl.demo import MODEL_PATH
 
-    figures = run(model or str(MODEL_PATH), workload, repeats=repeats, json_path=json_path, **engine)
+    figures = run(model, workload, repeats=repeats, json_path=json_path, **engine)
     for name, value in figures.items():
         click.echo(f"{name:<24} {value}")
 

@@ -89,14 +89,13 @@ TILES: dict[str, dict[int, Tile]] = {
     "cpu": {64: Tile(32, 4, 1), 128: Tile(32, 4, 1), 256: Tile(32, 4, 1)},
 }
 SAFE_TILES = TILES["gfx942"]  # an architecture without a table: the smallest shared memory of all, 64 KB, holds them
-FP32_TILE = Tile(32, 4, 2)
+# Exact fp32 has no tensor cores, and its blocks are twice as large: one small table fits everywhere.
+FP32_TILES = {64: Tile(32, 4, 2), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)}
 
 
 def _tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
-    if dtype.itemsize > 2:
-        return FP32_TILE
-    bucket = max(64, triton.next_power_of_2(head_dim))
-    return TILES.get(architecture(device), SAFE_TILES)[bucket]
+    tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
+    return tiles[max(64, triton.next_power_of_2(head_dim))]
 
 
 @triton.jit

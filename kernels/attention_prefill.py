@@ -97,14 +97,13 @@ TILES: dict[str, dict[int, Tile]] = {
     "cpu": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
 }
 SAFE_TILES = TILES["gfx942"]  # an architecture without a table: the smallest shared memory of all, 64 KB, holds them
-FP32_TILE = Tile(32, 32, 4, 2)  # exact fp32 has no tensor cores: what matters is that operands stay in registers
+# Exact fp32 has no tensor cores, and its blocks are twice as large: one small table fits everywhere.
+FP32_TILES = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 
 
 def _tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
-    if dtype.itemsize > 2:
-        return FP32_TILE
-    bucket = max(64, triton.next_power_of_2(head_dim))
-    return TILES.get(architecture(device), SAFE_TILES)[bucket]
+    tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
+    return tiles[max(64, triton.next_power_of_2(head_dim))]
 
 
 def query_block(head_dim: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -157,12 +156,8 @@ def _attend(
     for start in range(begin, end, BLOCK_N):
         page = next_page
         next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
-        k = load_block(
-            k_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED
-        )
-        v = load_block(
-            v_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED
-        )
+        k = load_block(k_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
+        v = load_block(v_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)

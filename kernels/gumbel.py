@@ -19,7 +19,8 @@ def random_bits_reference(seed: torch.Tensor, positions: torch.Tensor, vocab: in
     low32 = 0xFFFFFFFF
     blocks = triton.cdiv(vocab, NOISE_BLOCK.value)
     key_0, key_1 = (seed & low32)[:, None], (seed >> 32 & low32)[:, None]
-    c0 = torch.arange(blocks * 1024, device=seed.device).expand(len(seed), -1)
+    counters = blocks * 1024 if blocks > 1 else min(vocab, 1024)
+    c0 = torch.arange(counters, device=seed.device).expand(len(seed), -1)
     c1 = (positions.long() & low32)[:, None].expand_as(c0)
     c2 = c3 = torch.zeros_like(c0)
     for _ in range(10):  # int64 products wrap around; all their 64 bits are right
@@ -27,7 +28,7 @@ def random_bits_reference(seed: torch.Tensor, positions: torch.Tensor, vocab: in
         c0, c1 = (product_2 >> 32 & low32) ^ c1 ^ key_0, product_2 & low32
         c2, c3 = (product_0 >> 32 & low32) ^ c3 ^ key_1, product_0 & low32
         key_0, key_1 = key_0 + 0x9E3779B9 & low32, key_1 + 0xBB67AE85 & low32
-    outputs = torch.stack([c.reshape(len(seed), blocks, 1024) for c in (c0, c1, c2, c3)], dim=2)
+    outputs = torch.stack([c.reshape(len(seed), blocks, -1) for c in (c0, c1, c2, c3)], dim=2)
     return outputs.flatten(1)[:, :vocab]
 
 

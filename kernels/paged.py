@@ -17,9 +17,9 @@ from minisgl.kernels.launch import check_same
 
 LOG2_E = 1.4426950408889634  # the kernels use exp2: exp(x) = exp2(x * LOG2_E)
 
-# A masked score. Finite, so that a block in which a query sees nothing gives no NaN (-inf - -inf); what such a block adds
-# to the sums is scaled by exp2(-huge) = 0 when the first visible key comes.
-MASKED_SCORE = tl.constexpr(-1.0e30)
+# Minus infinity and no large finite number: scores * scale - max is one fused multiply-add on a GPU, whose product is
+# not rounded while the maximum is, and at 1e30 the difference of the two is itself huge.
+MASKED_SCORE = tl.constexpr(float("-inf"))
 
 # Bytes of shared memory one program may have. Every tile of the attention tables fits; the ahead-of-time cases check it.
 SHARED_MEMORY = {
@@ -79,8 +79,9 @@ def load_block(
 def online_softmax(scores, values, acc, row_max, row_sum, scale_log2):
     """Add one block of scores  # [rows, BLOCK_N] and values  # [BLOCK_N, BLOCK_D] to the running softmax."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
-    weights = tl.exp2(scores * scale_log2 - new_max[:, None])
-    rescale = tl.exp2(row_max - new_max)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a query that has seen no key yet: -inf - -inf is NaN
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     # ieee: exact fp32 products for fp32 caches; 2-byte types ignore it
     acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")

@@ -70,7 +70,8 @@ def _normed(first, second, norm_ptr, cols, mask, eps, HEAD_DIM: tl.constexpr):
     return first, second
 
 
-@triton.jit
+# positions and slots may be slices of any alignment: they must not compile a kernel each.
+@triton.jit(do_not_specialize=["positions_ptr", "slots_ptr"])
 def _rotary_store_kernel(
     qkv_ptr,
     positions_ptr,

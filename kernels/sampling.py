@@ -10,9 +10,9 @@ Legend: N samples, V vocabulary, R rows of the parameter tables, C candidates. l
 Bound by memory when greedy (reads [N, V] once), by arithmetic with noise (about 80 instructions a token).
 
 Two launches. The first takes blocks of 4096 token ids: without filters it finds the block's best id; with filters it
-leaves the block's largest logits, at most C, and its softmax mass. The second takes rows: it combines the blocks' bests,
-or searches the thresholds among the candidates, which is exact when every kept token is one of them (always for
-top_k <= C / 2 without ties). It checks that, and searches the whole row when it is not so.
+leaves the block's largest logits, at most C, and its softmax mass. The second takes rows: it combines the blocks'
+bests, or searches the thresholds among the candidates, which is exact when every kept token is one of them (always for
+top_k <= C / 2, unless more than C / 2 logits of a block tie). It checks that, and else searches the whole row.
 
 Noise depends on (seed, position, token) alone: see `gumbel`. So an id depends on nothing but its own logits, parameters
 and place in its text.
@@ -35,6 +35,8 @@ NO_ID = tl.constexpr(2**31 - 1)
 MASKED_KEY = tl.constexpr(-2139095041)  # _key(-inf)
 # Low bits of a logit's fp32 pattern that its dtype cannot set: no need to search them.
 UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+# Read one value at a time, and possibly slices of any alignment: they must not compile a kernel each.
+NARROW_POINTERS = ["rows_ptr", "positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr"]
 
 
 def kept_reference(
@@ -129,14 +131,14 @@ def _load_parameters(sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, mi
 def _best_of_block(logits_row, block, seed, position, temperature, cutoff, VOCAB: tl.constexpr):
     """(score, id) of the best logit at or above `cutoff` among 4096 ids."""
     counters = tl.arange(0, NOISE_BLOCK // 4)
-    ids = block * NOISE_BLOCK + counters
+    ids = counters + block * NOISE_BLOCK
     x0 = _load_logits(logits_row, ids, VOCAB)
     x1 = _load_logits(logits_row, ids + 1024, VOCAB)
     x2 = _load_logits(logits_row, ids + 2048, VOCAB)
     x3 = _load_logits(logits_row, ids + 3072, VOCAB)
     if temperature >= GREEDY_BELOW:
         inverse = tl.div_rn(1.0, temperature)
-        bits0, bits1, bits2, bits3 = random_bits(seed, position, block * (NOISE_BLOCK // 4) + counters)
+        bits0, bits1, bits2, bits3 = random_bits(seed, position, counters + block * (NOISE_BLOCK // 4))
         x0 = tl.where(x0 >= cutoff, x0 * inverse + gumbel(bits0), float("-inf"))
         x1 = tl.where(x1 >= cutoff, x1 * inverse + gumbel(bits1), float("-inf"))
         x2 = tl.where(x2 >= cutoff, x2 * inverse + gumbel(bits2), float("-inf"))
@@ -149,7 +151,7 @@ def _best_of_block(logits_row, block, seed, position, temperature, cutoff, VOCAB
     return best, tl.min(winner, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NARROW_POINTERS)
 def _sample_blocks_kernel(
     logits_ptr,
     rows_ptr,
@@ -181,7 +183,7 @@ def _sample_blocks_kernel(
         sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, VOCAB
     )
     if filtered:
-        ids = block * NOISE_BLOCK + tl.arange(0, NOISE_BLOCK)
+        ids = tl.arange(0, NOISE_BLOCK) + block * NOISE_BLOCK
         x = _load_logits(logits_row, ids, VOCAB)
         keys = _key(x, SHIFT)
         largest = tl.max(x, 0)
@@ -218,7 +220,7 @@ def _sample_blocks_kernel(
 
 @triton.jit
 def _largest_key(keys, weights, low, high, target):
-    """The largest key in [low, high] such that the weights of keys at or above it reach `target`; low when none does."""
+    """The largest key in [low, high] such that the weights of keys at or above it reach `target`; low if none."""
     low = low.to(tl.int64)
     high = high.to(tl.int64)
     while low < high:
@@ -236,7 +238,7 @@ def _row_weights(logits_row, pivots, largest, inverse, BY_MASS: tl.constexpr, VO
     TILE: tl.constexpr = 1024
     total = tl.zeros((WAYS, TILE), tl.float32)
     for start in range(0, VOCAB, TILE):
-        x = _load_logits(logits_row, start + tl.arange(0, TILE), VOCAB)
+        x = _load_logits(logits_row, tl.arange(0, TILE) + start, VOCAB)
         weights = tl.exp((x - largest) * inverse) if BY_MASS else tl.full((TILE,), 1.0, tl.float32)
         total += tl.where(_key(x, SHIFT)[None, :] >= pivots[:, None], weights[None, :], 0.0)
     return tl.sum(total, 1)
@@ -259,7 +261,7 @@ def _largest_key_of_row(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*NARROW_POINTERS, "tokens_ptr"])
 def _sample_rows_kernel(
     logits_ptr,
     rows_ptr,
@@ -426,7 +428,7 @@ def sample(
         VOCAB=vocab,
         BLOCKS=blocks,
         SHIFT=shift,
-        num_warps=4,  # 32 logits a thread
+        num_warps=8,  # 16 logits a thread
     )
     _sample_rows_kernel[(samples,)](
         logits,

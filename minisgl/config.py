@@ -4,7 +4,7 @@ Knows names, ranges and defaults. Does not know devices or models: `Engine` reso
 """
 
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from minisgl.errors import MinisglError
 
@@ -38,7 +38,7 @@ def check_fields(settings: Any, error: type[MinisglError]) -> None:
         value = getattr(settings, setting.name)
         if value is None or not setting.metadata:
             continue
-        kind = str(setting.type).split(" |")[0]
+        kind = (get_args(setting.type) or (setting.type,))[0].__name__  # of `int | None`: int
         if kind in ("int", "float"):
             right = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
             if not right or value != value:

@@ -126,14 +126,14 @@ class LLM:
         seed, so that equal prompts differ and the same job gives the same text again.
         """
         vocab_size, max_len = self.model_config.vocab_size, self.engine.max_len
-        ids = np.asarray(prompt_ids, np.int64)
-        if not len(ids):
+        if not len(prompt_ids):
             raise RequestError("the prompt has no tokens: give it at least one", "invalid_prompt")
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
-            raise RequestError(
-                f"token id {outside[0]} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
-            )
+        for extreme in (min(prompt_ids), max(prompt_ids)):
+            if not 0 <= extreme < vocab_size:
+                raise RequestError(
+                    f"token id {extreme} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
+                )
+        ids = np.asarray(prompt_ids, np.int32)
         if len(ids) >= max_len:
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens, and the context of {max_len:,} must hold it and the output: "

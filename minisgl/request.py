@@ -31,7 +31,7 @@ class SamplingParams:
         None, "Keep the likeliest tokens that sum to this. [default: the model's, or 1]", low=0, high=1
     )
     top_k: int | None = option(
-        None, "Keep the k likeliest tokens; 0 or -1 keeps all. [default: the model's, or 0]", low=-1
+        None, "Keep the k likeliest tokens; 0 or -1 keeps all. [default: the model's, or 0]", low=-1, high=2**31 - 1
     )
     min_p: float | None = option(
         None, "Drop tokens less likely than this share of the likeliest. [default: the model's, or 0]", low=0, high=1

@@ -43,6 +43,7 @@ class RowTable:
         starts = np.array([chunk.start for chunk in chunks], np.int32)
         counts = np.array([chunk.count for chunk in chunks], np.int32)
         chunk_offsets = offsets_of(counts)
+        store_from = np.array([chunk.store_from for chunk in chunks], np.int32)
         samples = np.array([chunk.samples for chunk in chunks], bool)
         rows = [request.row for request in decodes] + [chunk.request.row for chunk in chunks]
         updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
@@ -51,7 +52,7 @@ class RowTable:
             np.array(rows, np.int32),
             np.concatenate([np.full(num_decode, -1, np.int32), starts]),
             np.concatenate([one_each, chunk_offsets + np.int32(num_decode)]),
-            np.concatenate([np.zeros(num_decode, np.int32), [chunk.store_from for chunk in chunks]]),
+            np.concatenate([np.zeros(num_decode, np.int32), store_from]),
             np.concatenate([one_each, num_decode + np.flatnonzero(samples)]),
             np.concatenate([one_each, num_decode + chunk_offsets[1:][samples] - 1]),
             chunk_offsets,
@@ -124,10 +125,11 @@ class RowTable:
     def _set_params(self, params: torch.Tensor) -> None:
         """Fill in new rows from params  # [n, 7] int32, as `pack_params` lays them out."""
         rows = params[:, 0]
-        floats = params[:, 1:4].contiguous().view(torch.float32)
+        floats = params[:, 1:4].clone(memory_format=torch.contiguous_format).view(torch.float32)
         self.temperature[rows], self.top_p[rows], self.min_p[rows] = floats.unbind(1)
         self.top_k[rows] = params[:, 4]
-        self.seed[rows] = params[:, 5:7].contiguous().view(torch.int64).squeeze(1)
+        # clone: contiguous() keeps the odd strides of a single row, which cannot be viewed as another type
+        self.seed[rows] = params[:, 5:7].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
 
 
 def offsets_of(counts: Ints) -> Ints:

@@ -57,7 +57,9 @@ class Tokenizer:
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # the template is the model's code: it may raise anything
-            raise RequestError(f"the model's chat template refused the messages: {error}", "invalid_messages") from error
+            raise RequestError(
+                f"the model's chat template refused the messages: {error}", "invalid_messages"
+            ) from error
         return self._encode([text], add_special_tokens=False)[0]  # the template wrote them
 
     def decode(self, ids: list[int]) -> str:

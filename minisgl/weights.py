@@ -20,7 +20,7 @@ from minisgl.models.decoder import Decoder
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 HUB_SKIPPED = ["*/*", "consolidated*"]  # other formats' folders; Mistral's second copy of the weights
-COPY_THREADS = 8  # page faults of the memory-mapped files bound one thread to about 2 GB/s
+COPY_THREADS = 8  # copies wait for the page faults of the mapped files: several wait at once
 DUMMY_STD = 0.02  # what most checkpoints were initialised with; activations stay finite through any depth
 NAMES_SHOWN = 4
 
@@ -139,7 +139,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def _download(model: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_SKIPPED))
@@ -149,9 +149,7 @@ def _download(model: str) -> Path:
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = "there is no such folder here nor model on huggingface.co (a private one needs `hf auth login`)"
         raise MinisglError(f"cannot find {model}: {reason}") from error
-    except HfHubHTTPError as error:
-        raise MinisglError(f"cannot download {model}: huggingface.co answered: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # offline and not in the cache, disk full, and the errors of the hub's two HTTP clients
+    except Exception as error:  # offline and not in the cache, disk full, and what the hub's HTTP clients raise
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise MinisglError(
             f"cannot download {model} ({first_line}); check the network and the disk, or name a local folder"

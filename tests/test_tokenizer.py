@@ -69,7 +69,10 @@ def test_chat_template(tokenizer):
         ("hello", "non-empty list"),
         ({"role": "user", "content": "x"}, "non-empty list"),
         (["hello"], r"messages\[0\] is a str; it must be an object"),
-        ([{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}], r"messages\[1\] has role 'robot'; accep"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}],
+            r"messages\[1\] has role 'robot'; accep",
+        ),
         ([{"content": "x"}], r"role None; accepted: system, user, assistant, tool"),
         ([{"role": ["user"], "content": "x"}], r"role \['user'\]; accepted"),
         ([{"role": "user"}], "missing or null; it must be a string"),

@@ -233,7 +233,7 @@ def _read_messages(value: Any) -> list[Message]:
     try:
         check_messages(value)
     except RequestError as error:
-        _refuse(str(error))
+        _refuse(str(error), error.type)
     messages: list[Message] = value
     return messages
 
@@ -244,7 +244,9 @@ def _join_parts(message: Message) -> Any:
         return content
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            _refuse('a content part must be {"type": "text", "text": "..."}; only text is supported')
+            _refuse(
+                'a content part must be {"type": "text", "text": "..."}; only text is supported', "invalid_messages"
+            )
     return "".join(part["text"] for part in content)
 
 

@@ -33,10 +33,11 @@ class Summary:
     output_tokens: int = 0
     cached_tokens: int = 0
     started_s: float = field(default_factory=time.perf_counter)
+    ended_s: float | None = None
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.started_s
+        return (self.ended_s or time.perf_counter()) - self.started_s
 
     @property
     def num_errors(self) -> int:
@@ -83,6 +84,7 @@ class BatchRun:
                 self._admit(window)
             if self.llm.num_unfinished:
                 self._finish([(request.index, result) for request, result in self.llm.step()])
+        self.summary.ended_s = time.perf_counter()
         return self.summary
 
     def _admit(self, window: list[Row | BadRow]) -> None:
@@ -120,7 +122,7 @@ class BatchRun:
 
     def _apply_template(self, row: Row) -> list[int] | RequestError:
         if self.chat is False:
-            return RequestError("messages need the chat template, and --no-chat turns it off")
+            return RequestError("messages need the chat template, and --no-chat turns it off", "invalid_messages")
         try:
             return self.llm.tokenizer.apply_chat_template(row.messages or [{"role": "user", "content": row.prompt}])
         except RequestError as error:

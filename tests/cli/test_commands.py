@@ -79,9 +79,7 @@ def test_bench_throughput(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> No
         "bench", "throughput", "--workload", "single", "--repeats", "2", "--json", "x.json", "--dtype", "float32"
     )
     assert done.exit_code == 0, done.output
-    from minisgl.demo import MODEL_PATH
-
-    assert calls == [(str(MODEL_PATH), "single", {"repeats": 2, "json_path": Path("x.json"), "dtype": "float32"})]
+    assert calls == [("qwen3-0.6b", "single", {"repeats": 2, "json_path": Path("x.json"), "dtype": "float32"})]
     assert "output_tokens_per_s" in done.stdout
     invoke("bench", "throughput", "-m", "other")
     assert calls[1] == ("other", "mini", {"repeats": 3, "json_path": None})

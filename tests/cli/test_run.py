@@ -180,6 +180,13 @@ def test_an_engine_that_fails(invoke: Invoke, prompts: Path, fake_llm: Any, monk
     assert "Traceback" in invoke("run", prompts, "--debug").stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full(invoke: Invoke, prompts: Path) -> None:
+    done = invoke("run", prompts, "-o", "/dev/full")
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == "Error: stopped: No space left on device; no row was finished"
+
+
 def test_ctrl_c(invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_llm, "failure", KeyboardInterrupt())
     monkeypatch.setattr(fake_llm, "fail_at_step", 3)

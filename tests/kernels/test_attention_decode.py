@@ -68,9 +68,7 @@ def make_problem(
 def test_reference_is_prefill_of_one_token(device, window):
     problem = make_problem([5, 1, 70, 64], 6, 2, 16, 16, device, torch.float64)
     cu_seqlens = torch.arange(5, dtype=torch.int32, device=device)
-    expected = attention_prefill_reference(
-        *problem[:5], cu_seqlens, problem.kv_lens, scale=16**-0.5, window=window
-    )
+    expected = attention_prefill_reference(*problem[:5], cu_seqlens, problem.kv_lens, scale=16**-0.5, window=window)
     torch.testing.assert_close(problem.expected(window), expected)
 
 
@@ -93,13 +91,13 @@ def test_matches_float64(device, dtype, assert_close, kv_lens, heads, kv_heads, 
 
 
 def test_both_split_sizes(device, dtype, assert_close):
-    problem = make_problem([2047, 2048, 2049, 3073, 1], 2, 1, 64, 64, device, dtype)
+    problem = make_problem([2048, 2049, 1], 2, 1, 64, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
 
 
-def test_more_splits_than_one_combine_block(device, dtype, assert_close):
-    length = module.LONG_SPLIT.value * module.COMBINE_BLOCK + 100
-    problem = make_problem([length, 100], 1, 1, 16, 256, device, dtype)
+def test_more_splits_than_one_combine_block(device, dtype, assert_close, monkeypatch):
+    monkeypatch.setattr(module, "COMBINE_BLOCK", 2)
+    problem = make_problem([5 * module.SHORT_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
 
 
@@ -141,9 +139,9 @@ def test_padded_rows_are_zero(device, dtype, assert_close, window):
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(device, dtype):
-    problem = make_problem([300, 1, 2100, 64, 700], 4, 2, 64, 16, device, dtype)
+    problem = make_problem([300, 1, 64, 600], 2, 1, 64, 16, device, dtype)
     together = problem.launch()
-    for s in range(5):
+    for s in range(4):
         alone = problem._replace(
             q=problem.q[s : s + 1], rows=problem.rows[s : s + 1], kv_lens=problem.kv_lens[s : s + 1]
         )
@@ -164,7 +162,9 @@ def test_max_splits_bounds_every_length():
                 for kv_len in range(max_kv_len + 1):
                     begin = max(kv_len - window, 0) // block_n * block_n if window else 0
                     visible = kv_len - begin
-                    size = module.SHORT_SPLIT.value if visible <= module.SHORT_CONTEXT.value else module.LONG_SPLIT.value
+                    size = (
+                        module.SHORT_SPLIT.value if visible <= module.SHORT_CONTEXT.value else module.LONG_SPLIT.value
+                    )
                     assert -(-visible // size) <= bound
 
 
