@@ -1,6 +1,6 @@
 """Attention of one new token for each sequence over paged keys and values, split over the keys.
 
-    out[b] = sum_j softmax_j(scale * q[b] . k[j]) v[j]        j < kv_len, and j >= kv_len - window when a window is given
+    out[b] = sum_j softmax_j(scale * q[b] . k[j]) v[j]       j < kv_len, and j >= kv_len - window when a window is given
 
 Legend: B sequences, H query heads, K KV heads, D head dim, P pages, R rows, M pages of a row.
 Bound by memory: keys and values are read once, 4 K D bytes a key in bf16.
@@ -112,8 +112,9 @@ def _splits(kv_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 def _max_splits(max_kv_len: int, window: int, block_n: int) -> int:
     """The most splits that `_splits` gives a sequence of up to max_kv_len keys; at least 1."""
     visible = min(max_kv_len, window + block_n - 1) if window else max_kv_len
-    short = triton.cdiv(min(visible, SHORT_CONTEXT.value), SHORT_SPLIT.value)
-    return max(short, triton.cdiv(visible, LONG_SPLIT.value), 1)
+    short: int = -(-min(visible, SHORT_CONTEXT.value) // SHORT_SPLIT.value)
+    long: int = -(-visible // LONG_SPLIT.value)
+    return max(short, long, 1)
 
 
 @triton.jit(
@@ -244,8 +245,8 @@ def attention_decode(
     """Write the attention of one query a sequence over its pages into `out`.
 
     q  # [B, H, D], sequences any stride apart; k_cache, v_cache  # [P, page_size, K, D], one layer, contiguous.
-    page_table  # [R, M]; rows  # [B] page_table row of each sequence; kv_lens  # [B] keys, the current token's included;
-    all int32. A sequence of 0 keys (padding) gets zeros and reads nothing. max_kv_len: a bound on kv_lens known on the
+    page_table  # [R, M]; rows  # [B] page_table row of each sequence; kv_lens  # [B] keys, the current token's too; all
+    int32. A sequence of 0 keys (padding) gets zeros and reads nothing. max_kv_len: a bound on kv_lens known on the
     host; it bounds the grid. window: keys a token sees, itself included; 0 is all. out  # [B, H, D] contiguous.
     Raises ValueError for a wrong shape, stride, dtype or device.
     """

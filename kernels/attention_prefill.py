@@ -245,6 +245,7 @@ def _attention_prefill_kernel(
         SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, WINDOW, BLOCK_N, BLOCK_D, MASKED=True,
     )  # fmt: skip
 
+    row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # rows past the sequence's end may have seen nothing
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tokens[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :], out, mask=q_mask)
 
@@ -268,8 +269,8 @@ def attention_prefill(
     q  # [T, H, D], tokens any stride apart; k_cache, v_cache  # [P, page_size, K, D], one layer, contiguous.
     page_table  # [R, M]; rows  # [S] page_table row of each sequence; cu_seqlens  # [S + 1] offsets of its tokens in q,
     from 0; kv_lens  # [S] cached + new tokens; all int32. tiles  # [num_tiles, 2] int32, from
-    `prefill_tiles(..., query_block(D, device, dtype))`: no other block fits. window: keys a token sees, itself included;
-    0 is all. out  # [T, H, D] contiguous; tokens outside cu_seqlens are not written.
+    `prefill_tiles(..., query_block(D, device, dtype))`: no other block fits. window: keys a token sees, its own
+    included; 0 is all. out  # [T, H, D] contiguous; tokens outside cu_seqlens are not written.
     Raises ValueError for a wrong shape, stride, dtype or device.
     """
     check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)

@@ -21,7 +21,7 @@ LOG2_E = 1.4426950408889634  # the kernels use exp2: exp(x) = exp2(x * LOG2_E)
 # not rounded while the maximum is, and at 1e30 the difference of the two is itself huge.
 MASKED_SCORE = tl.constexpr(float("-inf"))
 
-# Bytes of shared memory one program may have. Every tile of the attention tables fits; the ahead-of-time cases check it.
+# Bytes of shared memory one program may have. Every tile of the attention tables fits: the ahead-of-time cases check.
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_90": 227 * 1024,
@@ -33,7 +33,7 @@ SHARED_MEMORY = {
 
 @triton.jit
 def load_page_ids(table_row, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pages of keys start..start+BLOCK_N-1: one id when a page holds them all, else [BLOCK_N]. 0 for keys from `end` on."""
+    """Pages of keys start..start+BLOCK_N-1: one id if a page holds them all, else [BLOCK_N]; 0 for keys from `end` on."""
     if PAGE_SIZE >= BLOCK_N:
         return tl.load(table_row + start // PAGE_SIZE, mask=start < end, other=0)
     else:
@@ -55,7 +55,7 @@ def load_block(
     BLOCK_D: tl.constexpr,
     MASK_KEYS: tl.constexpr,
 ):
-    """Keys (or values) start..start+BLOCK_N-1  # [BLOCK_N, BLOCK_D]; zeros outside first_key..end_key-1 if MASK_KEYS."""
+    """Keys or values start..start+BLOCK_N-1  # [BLOCK_N, BLOCK_D]; MASK_KEYS: zeros outside first_key..end_key-1."""
     cols = tl.arange(0, BLOCK_N)
     dims = tl.arange(0, BLOCK_D)
     # int64 before the stride: the slots of a large cache pass 2^31 elements
@@ -77,7 +77,7 @@ def load_block(
 
 @triton.jit
 def online_softmax(scores, values, acc, row_max, row_sum, scale_log2):
-    """Add one block of scores  # [rows, BLOCK_N] and values  # [BLOCK_N, BLOCK_D] to the running softmax."""
+    """Add a block's scores  # [rows, BLOCK_N], -inf where masked, and values  # [BLOCK_N, BLOCK_D] to the softmax."""
     new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a query that has seen no key yet: -inf - -inf is NaN
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
@@ -141,7 +141,7 @@ def check_index(name: str, x: torch.Tensor, device: torch.device, shape: tuple[i
 
 
 def shuffled_page_table(kv_lens: Sequence[int], page_size: int, device: torch.device) -> torch.Tensor:
-    """A page table  # [S, M] int32 for rows of these lengths: pages 0..P-1 in random order, -1 past a row's last page."""
+    """A page table  # [S, M] int32 for these lengths: pages 0..P-1 in random order, -1 past a row's last page."""
     num_pages = torch.tensor([-(-kv_len // page_size) for kv_len in kv_lens])
     used = torch.arange(max(int(num_pages.max()), 1)) < num_pages[:, None]
     table = torch.full(used.shape, -1, dtype=torch.int32)
@@ -150,7 +150,7 @@ def shuffled_page_table(kv_lens: Sequence[int], page_size: int, device: torch.de
 
 
 def store_in_pages(sequences: Sequence[torch.Tensor], page_table: torch.Tensor, page_size: int) -> torch.Tensor:
-    """A cache  # [P, page_size, K, D] with each sequence  # [length, K, D] in its row's pages, and NaN in other slots."""
+    """A cache  # [P, page_size, K, D] with each sequence  # [length, K, D] in its row's pages, NaN in other slots."""
     first = sequences[0]
     num_pages = int(page_table.max()) + 1
     cache = first.new_full((num_pages * page_size, *first.shape[1:]), float("nan"))

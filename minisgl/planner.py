@@ -38,7 +38,7 @@ def neighbour_prefix_lengths(prompts: list[npt.NDArray[np.int32]], device: torch
         pairs = zip(prompts, prompts[1:], strict=False)
         return np.array([common_prefix_length(a, b) for a, b in pairs], np.int32)
     tokens = torch.from_numpy(np.concatenate(prompts)).to(device)
-    starts = np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])
-    place = torch.from_numpy(np.stack([starts[:-1], starts[1:], longest])).to(device)
-    found: npt.NDArray[np.int32] = common_prefix_lengths(tokens, place[0], place[1], place[2]).cpu().numpy()
+    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])).to(device)
+    shared = torch.from_numpy(longest).to(device)
+    found: npt.NDArray[np.int32] = common_prefix_lengths(tokens, starts[:-1], tokens, starts[1:], shared).cpu().numpy()
     return found
