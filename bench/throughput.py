@@ -13,7 +13,6 @@ from typing import Any
 
 from minisgl.bench.harness import environment, write_rows
 from minisgl.bench.workloads import WORKLOADS
-
 from minisgl.errors import MinisglError
 from minisgl.llm import LLM
 from minisgl.request import SamplingParams

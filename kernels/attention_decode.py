@@ -62,12 +62,14 @@ def attention_decode_reference(
     if window:
         hidden |= key < lens - window
 
-    k = k_cache[pages].flatten(1, 2).to(wide)  # [B, L, K, D]
-    v = v_cache[pages].flatten(1, 2).to(wide).masked_fill(hidden[:, :, None, None], 0)
+    k, v = (
+        cache.index_select(0, pages.flatten()).view(batch, -1, kv_heads, head_dim).to(wide)
+        for cache in (k_cache, v_cache)
+    )  # [B, L, K, D]
+    v = v.masked_fill(hidden[:, :, None, None], 0)  # so that a sequence of no keys gets zeros, and garbage stays out
     queries = q.to(wide).reshape(batch, kv_heads, heads // kv_heads, head_dim)
     scores = queries @ k.permute(0, 2, 3, 1) * scale  # [B, K, G, L]
-    hidden = hidden[:, None, None, :]
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0)
+    weights = scores.masked_fill(hidden[:, None, None, :], torch.finfo(wide).min).softmax(-1)
     return (weights @ v.transpose(1, 2)).reshape(q.shape).to(q.dtype)
 
 

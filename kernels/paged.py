@@ -33,7 +33,7 @@ SHARED_MEMORY = {
 
 @triton.jit
 def load_page_ids(table_row, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Pages of keys start..start+BLOCK_N-1: one id if a page holds them all, else [BLOCK_N]; 0 for keys from `end` on."""
+    """Pages of keys start..start+BLOCK_N-1: one id if a page holds them all, else [BLOCK_N]; 0 for keys past `end`."""
     if PAGE_SIZE >= BLOCK_N:
         return tl.load(table_row + start // PAGE_SIZE, mask=start < end, other=0)
     else:

@@ -6,6 +6,8 @@ the sampling parameters of new rows, and the chunks' token ids. Everything else 
 Knows tensors and steps. Does not decide anything.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,6 +19,7 @@ from minisgl.request import Request
 from minisgl.scheduler import Step
 
 Ints = npt.NDArray[np.int32]
+PARAMS_WORDS = 7  # of a new row in the upload
 
 
 class RowTable:
@@ -39,56 +42,41 @@ class RowTable:
     def load(self, step: Step) -> Batch:
         """Upload a step, bring the tables up to date, and make the tensors of its forward pass."""
         decodes, chunks = step.decodes, step.chunks
-        num_decode, num_chunks = len(decodes), len(chunks)
+        num_decode = len(decodes)
         starts = np.array([chunk.start for chunk in chunks], np.int32)
         counts = np.array([chunk.count for chunk in chunks], np.int32)
-        chunk_offsets = offsets_of(counts)
         store_from = np.array([chunk.store_from for chunk in chunks], np.int32)
-        samples = np.array([chunk.samples for chunk in chunks], bool)
-        rows = [request.row for request in decodes] + [chunk.request.row for chunk in chunks]
+        ends_prompt = np.array([chunk.samples for chunk in chunks], bool)
+        cu_seqlens = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
         updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
-        one_each = np.arange(num_decode, dtype=np.int32)
-        parts = [
-            np.array(rows, np.int32),
-            np.concatenate([np.full(num_decode, -1, np.int32), starts]),
-            np.concatenate([one_each, chunk_offsets + np.int32(num_decode)]),
-            np.concatenate([np.zeros(num_decode, np.int32), store_from]),
-            np.concatenate([one_each, num_decode + np.flatnonzero(samples)]),
-            np.concatenate([one_each, num_decode + chunk_offsets[1:][samples] - 1]),
-            chunk_offsets,
-            prefill_tiles(counts, starts + counts, self.query_block).ravel(),
-            updates[:, 0] * self.max_pages + updates[:, 1],
-            updates[:, 2],
-            pack_params(step.new_rows),
-            *(chunk.request.tokens[chunk.start : chunk.start + chunk.count] for chunk in chunks),
-        ]
-        (
-            row_ids,
-            start,
-            offsets,
-            store_from,
-            sample_sequence,
-            sample_index,
-            cu_seqlens,
-            tiles,
-            entries,
-            pages,
-            params,
-        ) = (upload := self._upload(parts))[:11]
-        chunk_ids = upload[11] if num_chunks else row_ids[:0]
-
-        if len(entries):
-            self.page_table.view(-1)[entries] = pages
-        if len(params):
-            self._set_params(params.view(-1, 7))
+        each_decode = np.arange(num_decode, dtype=np.int32)
+        on_device = self._upload(
+            rows=ints([request.row for request in decodes] + [chunk.request.row for chunk in chunks]),
+            starts=np.concatenate([np.full(num_decode, -1, np.int32), starts]),
+            offsets=np.concatenate([each_decode, num_decode + cu_seqlens]),
+            store_from=np.concatenate([np.zeros(num_decode, np.int32), store_from]),
+            cu_seqlens=cu_seqlens,
+            tiles=prefill_tiles(counts, starts + counts, self.query_block).ravel(),
+            sample_sequence=np.concatenate([each_decode, num_decode + np.flatnonzero(ends_prompt)]),
+            sample_index=np.concatenate([each_decode, num_decode + cu_seqlens[1:][ends_prompt] - 1]),
+            table_entries=updates[:, 0] * self.max_pages + updates[:, 1],
+            pages=updates[:, 2],
+            params=pack_params(step.new_rows),
+            chunk_ids=np.concatenate([ints([])] + [c.request.tokens[c.start : c.start + c.count] for c in chunks]),
+        )
+        rows, sample_sequence = on_device["rows"], on_device["sample_sequence"]
+        if len(updates):
+            self.page_table.view(-1)[on_device["table_entries"]] = on_device["pages"]
+        if step.new_rows:
+            self._set_params(on_device["params"].view(-1, PARAMS_WORDS))
         prepared = prepare_step(
-            row_ids,
-            start,
-            offsets,
-            store_from,
-            chunk_ids,
+            rows,
+            on_device["starts"],
+            on_device["offsets"],
+            on_device["store_from"],
+            on_device["chunk_ids"],
             num_decode,
-            max(1, int(counts.max(initial=0))),
+            int(counts.max(initial=1)),
             self.tokens,
             self.length,
             self.page_table,
@@ -98,15 +86,15 @@ class RowTable:
             input_ids=prepared.input_ids,
             positions=prepared.positions,
             slots=prepared.slots,
-            rows=row_ids,
+            rows=rows,
             kv_lens=prepared.kv_lens,
             num_decode=num_decode,
             max_decode_len=max((request.length for request in decodes), default=0),
-            cu_seqlens=cu_seqlens,
-            tiles=tiles.view(-1, 2),
-            sample_index=sample_index,
-            sample_rows=row_ids[sample_sequence] if num_chunks else row_ids,
-            sample_positions=prepared.kv_lens[sample_sequence] if num_chunks else prepared.kv_lens,
+            cu_seqlens=on_device["cu_seqlens"],
+            tiles=on_device["tiles"].view(-1, 2),
+            sample_index=on_device["sample_index"],
+            sample_rows=rows[sample_sequence] if chunks else rows,
+            sample_positions=prepared.kv_lens[sample_sequence] if chunks else prepared.kv_lens,
             page_table=self.page_table,
         )
 
@@ -115,15 +103,15 @@ class RowTable:
         for table in (self.tokens, self.length, self.page_table):
             table.zero_()
 
-    def _upload(self, parts: list[Ints]) -> list[torch.Tensor]:
-        """Copy the parts to the device in one transfer; from the twelfth on (token ids) they stay one tensor."""
-        sizes = [len(part) for part in parts[:11]] + [sum(len(part) for part in parts[11:])]
+    def _upload(self, **parts: Ints) -> dict[str, torch.Tensor]:
+        """Copy named parts to the device in one transfer."""
+        sizes = [len(part) for part in parts.values()]
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        np.concatenate(parts, out=host.numpy(), casting="same_kind")
-        return list(host.to(self.device, non_blocking=True).split(sizes))
+        np.concatenate(list(parts.values()), out=host.numpy(), casting="same_kind")
+        return dict(zip(parts, host.to(self.device, non_blocking=True).split(sizes), strict=True))
 
     def _set_params(self, params: torch.Tensor) -> None:
-        """Fill in new rows from params  # [n, 7] int32, as `pack_params` lays them out."""
+        """Fill in new rows from params  # [n, PARAMS_WORDS] int32, as `pack_params` lays them out."""
         rows = params[:, 0]
         floats = params[:, 1:4].clone(memory_format=torch.contiguous_format).view(torch.float32)
         self.temperature[rows], self.top_p[rows], self.min_p[rows] = floats.unbind(1)
@@ -132,16 +120,15 @@ class RowTable:
         self.seed[rows] = params[:, 5:7].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
 
 
-def offsets_of(counts: Ints) -> Ints:
-    """[0, c0, c0 + c1, ...]"""
-    return np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
+def ints(values: Sequence[int | None]) -> Ints:
+    return np.array(values, np.int32)
 
 
 def pack_params(requests: list[Request]) -> Ints:
-    """Sampling parameters in 7 words a request: row, temperature, top_p, min_p (float bits), top_k, seed (2 words)."""
-    packed = np.zeros((len(requests), 7), np.int32)
+    """PARAMS_WORDS a request: row, temperature, top_p and min_p (float bits), top_k, seed (2 words)."""
+    packed = np.zeros((len(requests), PARAMS_WORDS), np.int32)
     if requests:
-        packed[:, 0] = np.array([request.row for request in requests], np.int32)
+        packed[:, 0] = ints([request.row for request in requests])
         params = [request.params for request in requests]
         packed[:, 1:4] = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32).view(np.int32)
         packed[:, 4] = [max(p.top_k or 0, 0) for p in params]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minisgl.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+
+from minisgl.kernels import launch
 
 HERE = Path(__file__).parent
 ARCHITECTURES = {

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from minisgl.kernels.prepare_step import prepare_step, prepare_step_reference
 
 PAGE = 16

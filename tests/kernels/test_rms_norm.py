@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from minisgl.kernels.rms_norm import rms_norm, rms_norm_reference
 
 

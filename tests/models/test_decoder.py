@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from minisgl.kernels.attention_prefill import prefill_tiles, query_block
 from transformers import AutoModelForCausalLM
 
 from minisgl.batch import Batch, KVCache
+from minisgl.kernels.attention_prefill import prefill_tiles, query_block
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.weights import load_weights

@@ -1,0 +1,52 @@
+"""Time kernels beside their floor: `minisgl bench kernels [OP]...`.
+
+An op has a file of its name here and in kernels/; the one here has `cases(device) -> Iterator[Case]`.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisgl.bench.harness import ceilings, measure, table, write_rows
+from minisgl.errors import MinisglError
+from minisgl.kernels import launch
+
+
+def available_ops() -> list[str]:
+    """Names of the ops that can be measured."""
+    kernels = Path(launch.__file__).parent
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if (kernels / path.name).exists())
+
+
+def run(
+    ops: list[str], device: str | torch.device = "auto", json_path: Path | str | None = None
+) -> list[dict[str, Any]]:
+    """Measure the named ops, or all of them; print a table, append the rows to `json_path`, and return them.
+
+    Raises MinisglError without a GPU and for an unknown op.
+    """
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise MinisglError(f"bench kernels needs a GPU, but the device is {device}: run it where there is one")
+    known = available_ops()
+    for op in ops:
+        if op not in known:
+            raise MinisglError(f"no bench for the op {op!r}: known are {', '.join(known)}")
+
+    device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    limits = ceilings(device)
+    name = torch.cuda.get_device_name(device)
+    print(f"{name}: copy {limits.copy_gb_s:.0f} GB/s, bf16 matmul {limits.matmul_tflops:.0f} TFLOP/s")
+    rows = []
+    for op in ops or known:
+        of_op = [measure(case, device) for case in import_module(f"minisgl.bench.{op}").cases(device)]
+        print("\n" + table(of_op), flush=True)
+        if json_path is not None:
+            write_rows(json_path, of_op)
+        rows += of_op
+    return rows

@@ -1,0 +1,48 @@
+"""Rotary, qk-norm and KV store at the heads of Qwen3-0.6B and 8B, bf16, pages of 64."""
+
+from collections.abc import Iterator
+
+import torch
+
+from minisgl.bench.harness import Case
+from minisgl.kernels.rotary import rotary_store, rotary_store_reference
+
+HEAD_DIM, KV_HEADS, PAGE_SIZE, MAX_LEN = 128, 8, 64, 40_960
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for heads in (16, 32):
+        for tokens in (1, 64, 256, 8192):
+            yield _case(tokens, heads, device)
+
+
+def _case(tokens: int, heads: int, device: torch.device) -> Case:
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.bfloat16, device=device)
+
+    pages = tokens // PAGE_SIZE + 1
+    arguments = (
+        random(tokens, (heads + 2 * KV_HEADS) * HEAD_DIM),
+        torch.arange(tokens, dtype=torch.int32, device=device),
+        torch.randperm(pages * PAGE_SIZE, device=device)[:tokens].int(),
+        torch.rand(MAX_LEN, HEAD_DIM, device=device),
+        random(pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
+        random(pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
+    )
+    q_norm, k_norm = random(HEAD_DIM), random(HEAD_DIM)
+
+    def run() -> None:
+        rotary_store(*arguments, num_heads=heads, num_kv_heads=KV_HEADS, q_norm=q_norm, k_norm=k_norm, eps=1e-6)
+
+    def baseline() -> None:
+        rotary_store_reference(
+            *arguments, num_heads=heads, num_kv_heads=KV_HEADS, q_norm=q_norm, k_norm=k_norm, eps=1e-6
+        )
+
+    return Case(
+        op="rotary",
+        shape=f"{tokens} tokens, {heads}/{KV_HEADS} heads of {HEAD_DIM}",
+        run=run,
+        baselines={"torch": baseline},
+        bytes_moved=2 * arguments[0].nbytes + tokens * HEAD_DIM * 4,
+    )
