@@ -6,6 +6,8 @@
     slot     = page_table[row, position // page_size] * page_size + position % page_size; -1 before store_from
     length[row] = kv_lens[s] = start + number of tokens
 
+A row of -1 is padding of a captured step: one token of no text, with kv_lens 0 and slot -1; no table is touched.
+
 Legend: S sequences, T tokens, B decoding rows (the first B sequences, one token each), R rows, M pages a row.
 Bound by launch latency: a few int32 for each token. The tables of rows live on the device, so that a decode step needs
 nothing from the host but `rows`.
@@ -44,6 +46,8 @@ def prepare_step_reference(
 ) -> PreparedStep:
     """The same in torch; see `prepare_step`."""
     counts = offsets.diff()
+    real = rows >= 0
+    rows = rows.clamp_min(0)
     starts = torch.where(starts < 0, length[rows], starts)
     sequence = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
     place = torch.arange(len(sequence), device=rows.device, dtype=torch.int32) - offsets[sequence]
@@ -53,8 +57,11 @@ def prepare_step_reference(
     pages = page_table[row, positions // page_size]
     slots = torch.where(positions < store_from[sequence], -1, pages * page_size + positions % page_size)
     kv_lens = starts + counts
-    length[rows] = kv_lens
-    return PreparedStep(tokens[row, positions], positions, slots, kv_lens)
+    length[rows[real]] = kv_lens[real]
+    of_real = real[sequence]
+    return PreparedStep(
+        tokens[row, positions].where(of_real, 0), positions.where(of_real, 0), slots.where(of_real, -1), kv_lens * real
+    )
 
 
 # The int32 inputs are slices of one upload: their alignment varies, and nothing here gains from knowing it.
@@ -85,8 +92,13 @@ def _prepare_step_kernel(
     block = tl.program_id(1)
     first = tl.load(offsets_ptr + sequence)
     count = tl.load(offsets_ptr + sequence + 1) - first
-    if block * BLOCK < count:
-        row = tl.load(rows_ptr + sequence).to(tl.int64)
+    row = tl.load(rows_ptr + sequence).to(tl.int64)
+    if row < 0:
+        tl.store(input_ids_ptr + first, 0)
+        tl.store(positions_ptr + first, 0)
+        tl.store(slots_ptr + first, -1)
+        tl.store(kv_lens_ptr + sequence, 0)
+    elif block * BLOCK < count:
         start = tl.load(starts_ptr + sequence)
         if start < 0:
             start = tl.load(length_ptr + row)  # one program has this row: a decoding row has one token

@@ -17,6 +17,8 @@ top_k <= C / 2, unless more than C / 2 logits of a block tie). It checks that, a
 Noise depends on (seed, position, token) alone: see `gumbel`. So an id depends on nothing but its own logits, parameters
 and place in its text.
 
+A row of -1 is padding of a captured step: its id is 0 and no table is touched.
+
 NaN logits count as -inf, +inf as the largest float. A -inf logit is sampled only when all are; then the id is 0.
 Source: Maddison et al., "A* sampling", 2014 (Gumbel-max).
 """
@@ -70,10 +72,11 @@ def sample_reference(
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in torch. Rows pay for noise and for sorting only when they need it."""
-    index = rows.long()
+    real = rows >= 0
+    index = rows.long().clamp_min(0)
     wide = logits.float().nan_to_num(nan=-torch.inf, posinf=LARGEST.value, neginf=-torch.inf)
     ids = wide.argmax(-1)
-    random = (temperature[index] >= GREEDY_BELOW.value) & (wide.amax(-1) > -torch.inf)
+    random = real & (temperature[index] >= GREEDY_BELOW.value) & (wide.amax(-1) > -torch.inf)
     if bool(random.any()):
         wide, index = wide[random], index[random]
         k, p, floor = top_k[index], top_p[index], min_p[index]
@@ -85,9 +88,9 @@ def sample_reference(
             kept = kept_reference(wide[some], temperature[index][some], k[some], p[some], floor[some])
             scores[some] = scores[some].masked_fill(~kept, -torch.inf)
         ids[random] = scores.argmax(-1)
-    out = ids.int()
+    out = ids.int() * real
     if tokens is not None:
-        tokens[rows.long(), positions.long()] = out
+        tokens[rows[real].long(), positions[real].long()] = out[real]
     return out
 
 
@@ -116,14 +119,17 @@ def _smallest_of_key(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _load_parameters(sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, VOCAB: tl.constexpr):
-    """(row, temperature, top_k or 0, top_p, min_p, seed, whether filters apply) of a sample."""
+    """(row, temperature, top_k or 0, top_p, min_p, seed, whether filters apply) of a sample; padding is greedy."""
     row = tl.load(rows_ptr + sample).to(tl.int64)
-    temperature = tl.load(temperature_ptr + row)
+    padding = row < 0
+    row = tl.maximum(row, 0)
+    temperature = tl.where(padding, 0.0, tl.load(temperature_ptr + row))
     top_k = tl.load(top_k_ptr + row)
     top_k = tl.where(top_k < VOCAB, top_k, 0)
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
     filtered = (temperature >= GREEDY_BELOW) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
+    row = tl.where(padding, -1, row)
     return row, temperature, top_k, top_p, min_p, tl.load(seed_ptr + row), filtered
 
 
@@ -349,10 +355,10 @@ def _sample_rows_kernel(
                 best = tl.maximum(best, score)
     else:
         winner = tl.min(tl.where((block_best == best) & (blocks < BLOCKS), block_id, NO_ID), 0)
-    winner = tl.where(best > float("-inf"), tl.minimum(winner, VOCAB - 1), 0)
+    winner = tl.where((best > float("-inf")) & (row >= 0), tl.minimum(winner, VOCAB - 1), 0)
     tl.store(out_ptr + sample, winner)
     if HAS_TOKENS:
-        tl.store(tokens_ptr + row * tokens_stride + position, winner)
+        tl.store(tokens_ptr + row * tokens_stride + position, winner, mask=row >= 0)
 
 
 def sample(
@@ -369,7 +375,7 @@ def sample(
     """Sample ids  # [N] int32; with `tokens`, also set tokens[rows[n], positions[n]] = ids[n].
 
     logits     # [N, V] fp32, bf16 or fp16; rows may be strided
-    rows       # [N] int32, row of the parameter tables
+    rows       # [N] int32, row of the parameter tables; -1: padding
     positions  # [N] int32, place of the sampled token in its text
     temperature, top_p, min_p  # [R] fp32; below 1e-5 (greedy), 1 or more, 0 or less: off
     top_k      # [R] int32; 0 or at least V: off

@@ -73,6 +73,12 @@ class EngineConfig:
     max_running: int = option(256, "Most requests that run at once.", low=1, high=65536)
     max_step_tokens: int = option(8192, "Most tokens in one forward pass; longer prompts run in chunks.", low=1)
     page_size: int = option(64, "Tokens in one KV page: a power of two.", low=16, high=256)
+    max_graph_batch: int = option(
+        512, "Largest decode batch that is captured in a CUDA graph; 0 runs every step eagerly.", low=0, high=4096
+    )
+    overlap: bool = option(
+        True, "Schedule and launch a step while the one before it runs.", flag="--overlap/--no-overlap"
+    )
     num_pages: int | None = option(None, "KV pages. [default: what --memory-fraction leaves]", low=1)
     memory_fraction: float = option(
         0.9, "Share of the device's memory for weights, activations and KV.", low=0.05, high=0.99

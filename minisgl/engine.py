@@ -17,6 +17,7 @@ import torch
 from minisgl.batch import Batch, KVCache
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
+from minisgl.graphs import DecodeGraphs
 from minisgl.kernels.attention_prefill import query_block
 from minisgl.kernels.sampling import sample
 from minisgl.models.config import ModelConfig
@@ -79,6 +80,7 @@ class Engine:
             self.config = self._fit(config, num_pages)
             self.num_pages = num_pages
             self.kv = self._new_cache(num_pages, config.page_size)
+            self.graphs = self._new_graphs()
         except torch.OutOfMemoryError as error:
             raise MinisglError(
                 f"the model does not fit in the memory of {self.device}: use a smaller model or a larger GPU, free the "
@@ -98,14 +100,15 @@ class Engine:
     def close(self) -> None:
         """Give the device's memory back."""
         if not self.closed:
-            del self.model, self.kv, self.rows
+            del self.model, self.kv, self.rows, self.graphs
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def run(self, step: Step) -> PendingIds:
         """Run one step; its ids come in the order of `step.sampled`."""
-        return PendingIds(self._run(self.rows.load(step), self.kv))
+        ids = self.graphs.run(step) if self.graphs else None
+        return PendingIds(self._run(self.rows.load(step), self.kv) if ids is None else ids)
 
     def _run(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         logits = self.model.forward(batch, kv)
@@ -123,6 +126,11 @@ class Engine:
             rows.seed,
             tokens=rows.tokens,
         )
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        if self.device.type == "cpu" or self.config.max_graph_batch == 0:
+            return None
+        return DecodeGraphs(self.rows, lambda batch: self._run(batch, self.kv), self.config.max_graph_batch)
 
     # -- memory --
 

@@ -3,23 +3,25 @@
     with LLM("path/to/model") as llm:
         results = llm.generate(["Hello", "Good morning"], SamplingParams(temperature=0))
 
-A step is: schedule -> run -> wait for its ids -> complete -> retire what ended. The next step could be scheduled and
-launched before the wait: that is where overlap goes, and captured decode steps go into `Engine.run`.
+A step is: schedule -> run -> wait for its ids -> complete -> retire what ended. With overlap the next step is scheduled
+and launched before the wait, so that the device never waits for the host.
 
 Knows every part by its interface. Holds no policy, no tensors and no file formats.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from minisgl.config import EngineConfig
 from minisgl.detokenizer import Detokenizer
-from minisgl.engine import Engine
+from minisgl.engine import Engine, PendingIds
 from minisgl.errors import MinisglError, RequestError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
@@ -28,7 +30,7 @@ from minisgl.planner import plan_order
 from minisgl.radix_cache import RadixCache
 from minisgl.request import Request, Result, SamplingParams, Usage
 from minisgl.resolve import resolve
-from minisgl.scheduler import Scheduler
+from minisgl.scheduler import Scheduler, Step
 from minisgl.tokenizer import Messages, Tokenizer
 from minisgl.weights import resolve_model
 
@@ -36,6 +38,18 @@ Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 DEFAULTS = SamplingParams(max_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, ignore_eos=False)
+
+
+@dataclass
+class InFlight:
+    """A step whose results are not handled yet."""
+
+    step: Step
+    pending: PendingIds | None = None  # None while it is being launched
+
+    def wait_ids(self) -> npt.NDArray[np.int32]:
+        assert self.pending is not None
+        return self.pending.wait_ids()
 
 
 class LLM:
@@ -64,6 +78,7 @@ class LLM:
         cache = RadixCache(self.config.page_size, self.config.evict) if self.config.cache == "radix" else None
         pool = PagePool(self.engine.num_pages, self.config.page_size)
         self.scheduler = Scheduler(pool, cache, self.config.max_running, self.config.max_step_tokens)
+        self._in_flight: deque[InFlight] = deque()  # oldest first
         self._stopping: dict[Request, tuple[Detokenizer, list[str]]] = {}  # requests with stop strings, and their text
 
     @property
@@ -158,13 +173,26 @@ class LLM:
                 self._stopping[request] = Detokenizer(self.tokenizer, request.params.stop), []
 
     def step(self) -> list[tuple[Request, Result]]:
-        """Run one forward pass; returns the requests that ended with it."""
-        step = self.scheduler.schedule()
+        """Launch one forward pass and handle the results of the one before it (with `overlap`; else of the same one);
+        returns the requests that ended. When this raises, no result is lost: all requests are queued again."""
         try:
-            ids = self.engine.run(step).wait_ids()
+            step = self.scheduler.schedule()
+            if step.num_tokens:
+                launched = InFlight(step)
+                self._in_flight.append(launched)
+                launched.pending = self.engine.run(step)
+            ended = []
+            while len(self._in_flight) > (1 if step.num_tokens and self.config.overlap else 0):
+                ids = self._in_flight[0].wait_ids()
+                ended += self._finish(self._in_flight.popleft().step, ids)
+            return ended
         except BaseException:
-            self.scheduler.roll_back(step)
+            while self._in_flight:
+                self.scheduler.roll_back(self._in_flight.pop().step)
             raise
+
+    def _finish(self, step: Step, ids: npt.NDArray[np.int32]) -> list[tuple[Request, Result]]:
+        """Hand out a step's ids and retire the requests that end with them."""
         ended = []
         for request in self.scheduler.complete(step, ids):
             self._check_stop_strings(request)

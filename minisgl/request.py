@@ -115,10 +115,12 @@ class Request:
         self.num_shared = 0  # of the pages, the first that belong to the prefix tree
         self.length = 0
         self.decoding = False  # its last token was sampled in this row, and is the next input
+        self.num_pending = 0  # tokens that steps in flight are sampling
         self.was_preempted = False
         self.cached_tokens = 0  # of the prompt, found in the prefix tree and not computed
 
         self.finish_reason: FinishReason | None = None
+        self.retired = False  # it ended or was aborted: what steps in flight still sample for it is dropped
 
     @property
     def num_output(self) -> int:

@@ -38,6 +38,9 @@ class RowTable:
         self.min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        # What `prepare_step` reads of decoding rows, the same in every step (a padded batch may exceed the rows).
+        sizes = torch.arange(2 * num_rows + 2, dtype=torch.int32, device=device)
+        self._one_each, self._from_length, self._store_all = sizes, torch.full_like(sizes, -1), torch.zeros_like(sizes)
 
     def load(self, step: Step) -> Batch:
         """Upload a step, bring the tables up to date, and make the tensors of its forward pass."""
@@ -95,6 +98,52 @@ class RowTable:
             sample_index=on_device["sample_index"],
             sample_rows=rows[sample_sequence] if chunks else rows,
             sample_positions=prepared.kv_lens[sample_sequence] if chunks else prepared.kv_lens,
+            page_table=self.page_table,
+        )
+
+    def load_decode(self, step: Step, inputs: torch.Tensor | None = None, rows: Sequence[int] = ()) -> None:
+        """Bring the page table up to date for a step of decodes only, and put `rows` into `inputs` if they changed."""
+        if not step.page_updates and inputs is None:
+            return
+        updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
+        on_device = self._upload(
+            rows=ints(rows), table_entries=updates[:, 0] * self.max_pages + updates[:, 1], pages=updates[:, 2]
+        )
+        if inputs is not None:
+            inputs.copy_(on_device["rows"])
+        if len(updates):
+            self.page_table.view(-1)[on_device["table_entries"]] = on_device["pages"]
+
+    def decode_batch(self, rows: torch.Tensor, max_len: int) -> Batch:
+        """The batch of one token for each of `rows`  # [B] int32 on the device; -1 is padding. Reads nothing of the
+        host, so it can be captured; `max_len` bounds the rows' lengths."""
+        batch = len(rows)
+        prepared = prepare_step(
+            rows,
+            self._from_length[:batch],
+            self._one_each[: batch + 1],
+            self._store_all[:batch],
+            rows[:0],
+            batch,
+            1,
+            self.tokens,
+            self.length,
+            self.page_table,
+            self.page_size,
+        )
+        return Batch(
+            input_ids=prepared.input_ids,
+            positions=prepared.positions,
+            slots=prepared.slots,
+            rows=rows,
+            kv_lens=prepared.kv_lens,
+            num_decode=batch,
+            max_decode_len=max_len,
+            cu_seqlens=rows[:0],
+            tiles=rows[:0].view(-1, 2),
+            sample_index=self._one_each[:batch],
+            sample_rows=rows,
+            sample_positions=prepared.kv_lens,
             page_table=self.page_table,
         )
 

@@ -5,6 +5,10 @@ page borders (but for a prompt's last), so that each page is computed by one req
 the moment it is scheduled: a follower in the same step may already read it, since a layer stores all keys before it
 attends.
 
+The next step may be scheduled while one is in flight: the tokens it samples are not known here then, but their places
+are. Pages and rows that are given back while a step in flight still uses them are safe: whoever gets them next is
+computed by a later step, and the device runs its steps in order.
+
 Knows requests, pages and the prefix tree. Knows no tensors: it runs, and is tested, with no device.
 """
 
@@ -51,7 +55,8 @@ class Step:
 
 
 class Scheduler:
-    """Continuous batching over one page pool. `schedule` and `complete` alternate; `retire` ends requests."""
+    """Continuous batching over one page pool. Each step of `schedule` goes to `complete`, in order, at most one step
+    later; `retire` ends requests."""
 
     def __init__(self, pool: PagePool, cache: RadixCache | None, max_running: int, max_step_tokens: int) -> None:
         assert max_step_tokens >= max_running + pool.page_size, "a full house of decodes would starve prompts"
@@ -87,26 +92,32 @@ class Scheduler:
     def complete(self, step: Step, ids: npt.NDArray[np.int32]) -> list[Request]:
         """Append the sampled ids of a step that ran; returns the requests that got one. The caller retires the
         ended."""
-        sampled = step.sampled
-        for request, token in zip(sampled, ids.tolist(), strict=True):
-            request.decoding = True
-            request.append(token)
-        return sampled
+        got_token = []
+        for request, token in zip(step.sampled, ids.tolist(), strict=True):
+            request.num_pending -= 1
+            if not request.retired:
+                request.append(token)
+                got_token.append(request)
+        return got_token
 
     def retire(self, request: Request) -> None:
         """Take out a request that ended or was aborted; its whole pages stay in the prefix tree."""
+        request.retired = True
         if request in self.running:
             self._leave(request, keep_prefix=True)
         else:
             self.waiting.remove(request)
 
     def roll_back(self, step: Step) -> None:
-        """A step failed to run: take its prefixes out of the tree, and its requests back to the queue."""
-        failed = set(step.decodes) | {chunk.request for chunk in step.chunks}
+        """A step failed: take its prefixes out of the tree and its requests back to the queue. Steps in flight are
+        rolled back from the newest to the oldest."""
+        failed = set(step.sampled) | {chunk.request for chunk in step.chunks}
         failed |= {request for request, node in self._nodes.items() if node.born > step.stamp}
         for request in [request for request in reversed(self.running) if request in failed]:
             self._leave(request, keep_prefix=False)
             self._requeue(request)
+        for request in step.sampled:
+            request.num_pending -= 1
         if self.cache:
             self.pool.free(self.cache.forget_since(step.stamp))
 
@@ -116,6 +127,8 @@ class Scheduler:
         for request in list(self.running):
             if not request.decoding or request not in self.running:
                 continue
+            if request.num_tokens + request.num_pending >= request.max_total:
+                continue  # its last token is being sampled
             if self.pool.pages_for(request.length + 1) > len(request.pages):
                 pages = self._allocate_by_preemption(request, step)
                 if not pages:
@@ -123,6 +136,7 @@ class Scheduler:
                     continue
                 self._give_pages(step, request, pages)
             request.length += 1
+            request.num_pending += 1
             step.decodes.append(request)
 
     # -- prefill --
@@ -150,11 +164,15 @@ class Scheduler:
         self._give_pages(step, request, pages)
         request.length = end
         step.chunks.append(Chunk(request, start, end - start, store_from, samples=end == request.num_tokens))
+        if end == request.num_tokens:
+            request.num_pending += 1
+            request.decoding = True
         self._share(request)
 
     def _admit(self, step: Step) -> None:
         while self.waiting and self._free_rows and step.num_tokens < self.max_step_tokens:
             request = self.waiting[0]
+            assert request.num_pending == 0, "its last token is not known yet"
             node, pages = self.cache.match(request.tokens[: request.num_tokens]) if self.cache else (None, [])
             if self.cache and node:
                 self.cache.lock(node)

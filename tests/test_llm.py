@@ -79,13 +79,63 @@ def test_the_triton_kernels_give_the_same_tokens(folder, name):
         assert [result.token_ids for result in llm.generate(prompts, params)] == expected
 
 
-@pytest.mark.parametrize("options", [{"cache": "none"}, {"evict": "lfu"}, {"page_size": 128, "max_step_tokens": 256}])
+@pytest.mark.parametrize(
+    "options",
+    [{"cache": "none"}, {"evict": "lfu"}, {"page_size": 128, "max_step_tokens": 256}, {"overlap": False}],
+)
 def test_options_do_not_change_the_tokens(folder, options):
     prompts = prompts_of_all_kinds()
     with LLM(folder("qwen3"), device="cpu", **SMALL, num_pages=64) as llm:
         expected = [result.token_ids for result in llm.generate(prompts, GREEDY)]
     with LLM(folder("qwen3"), device="cpu", **{**SMALL, "num_pages": 64, **options}) as llm:
         assert [result.token_ids for result in llm.generate(prompts, GREEDY)] == expected
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_nothing_follows_the_end_of_a_text(folder, overlap):
+    """Under overlap a step for an ended request is in flight when its end is seen: what it samples is dropped."""
+    prompts = prompts_of_all_kinds()
+    with LLM(folder("qwen3"), device="cpu", overlap=overlap, **SMALL, **TINY_POOL) as llm:
+        free = [result.token_ids for result in llm.generate(prompts, GREEDY)]
+        ends = sorted({ids[len(ids) // 2] for ids in free})[:3]
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop_token_ids=ends)
+        for ids, result in zip(free, llm.generate(prompts, params), strict=True):
+            end = next((place + 1 for place, token in enumerate(ids) if token in ends), None)
+            assert result.token_ids == ids[:end]
+            assert result.finish_reason == ("stop" if end else "length")
+        while llm.step():  # the last step in flight was for ended requests alone
+            raise AssertionError("an ended request ended again")
+        llm.reset_prefix_cache()
+        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"max_graph_batch": 0}, {"max_graph_batch": 2, "overlap": False}])
+def test_graphs_and_overlap_do_not_change_the_tokens(folder, options):
+    prompts = prompts_of_all_kinds() * 3
+    params = [SamplingParams(temperature=i % 2, max_tokens=5 + i, top_k=i % 3) for i in range(len(prompts))]
+    pool = {"page_size": 16, "max_running": 16, "max_step_tokens": 128, "num_pages": 40}
+    with LLM(folder("qwen3"), device="cpu", dtype="float32", **pool) as llm:
+        expected = [result.token_ids for result in llm.generate(prompts, params)]
+    with LLM(folder("qwen3"), device="cuda", dtype="float32", **pool, **options) as llm:
+        for _ in range(2):
+            assert [result.token_ids for result in llm.generate(prompts, params)] == expected
+
+
+@pytest.mark.gpu
+def test_nothing_compiles_after_the_first_job(folder):
+    from triton import knobs
+
+    compiled: list[str] = []
+    with LLM(folder("qwen3"), device="cuda", dtype="bfloat16", page_size=16, max_running=16, num_pages=200) as llm:
+        llm.generate(prompts_of_all_kinds(), GREEDY)
+        knobs.runtime.jit_post_compile_hook = lambda **options: compiled.append(options["fn"].name)
+        try:
+            for seed in range(1, 4):
+                llm.generate(prompts_of_all_kinds(seed)[seed:] * seed, SamplingParams(top_k=5, max_tokens=7 + seed))
+        finally:
+            knobs.runtime.jit_post_compile_hook = None
+    assert not compiled
 
 
 def test_a_seed_gives_the_same_text_whatever_runs_beside(folder):

@@ -24,24 +24,33 @@ def next_token(tokens) -> int:
 
 
 class Device:
-    """Stores, for each KV slot, the text up to the token whose KV it holds; reads must find their own prefix."""
+    """Remembers, for each KV slot, the text up to the token whose KV it holds: reads must find their own prefix.
+
+    As on a real device, sampled tokens are written to the row, and a decoding row reads its input there.
+    """
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
         self.page_table: dict[tuple[int, int], int] = {}
+        self.rows: dict[int, list[int]] = {}
 
     def run(self, step: Step) -> np.ndarray:
         for row, place, page in step.page_updates:
             self.page_table[row, place] = page
+        for chunk in step.chunks:
+            self.rows[chunk.request.row] = chunk.request.tokens[: chunk.start + chunk.count].tolist()
         spans = [(r, r.length - 1, r.length, r.length - 1) for r in step.decodes]
         spans += [(c.request, c.start, c.start + c.count, c.store_from) for c in step.chunks]
         for request, start, end, store_from in spans:
             for position in range(max(start, store_from), end):
-                self.slots[self._slot(request, position)] = tuple(request.tokens[: position + 1].tolist())
+                self.slots[self._slot(request, position)] = tuple(self.rows[request.row][: position + 1])
         for request, _, end, _ in spans:  # a layer stores everything before it attends
+            assert len(self.rows[request.row]) == end
             for position in range(end):
-                assert self.slots.get(self._slot(request, position)) == tuple(request.tokens[: position + 1].tolist())
-        return np.array([next_token(request.tokens[: request.num_tokens]) for request in step.sampled], np.int32)
+                assert self.slots.get(self._slot(request, position)) == tuple(self.rows[request.row][: position + 1])
+        for request in step.sampled:
+            self.rows[request.row].append(next_token(self.rows[request.row]))
+        return np.array([self.rows[request.row][-1] for request in step.sampled], np.int32)
 
     def _slot(self, request: Request, position: int) -> tuple[int, int]:
         page = self.page_table[request.row, position // PAGE]
@@ -95,16 +104,20 @@ prompts = st.lists(st.integers(0, 1), min_size=1, max_size=20)
     max_running=st.integers(1, 6),
     extra_budget=st.integers(0, 30),
     cached=st.booleans(),
+    overlap=st.booleans(),
     failures=st.sets(st.integers(0, 30), max_size=3),
     aborts=st.sets(st.integers(0, 30), max_size=3),
 )
-def test_every_request_ends_with_its_own_text(jobs, num_pages, max_running, extra_budget, cached, failures, aborts):
+def test_every_request_ends_with_its_own_text(
+    jobs, num_pages, max_running, extra_budget, cached, overlap, failures, aborts
+):
     """Any arrival order, pool, budget, failed steps and aborts: right text, one owner a page, nothing leaks."""
     scheduler = build(num_pages, max_running, max_running + PAGE + extra_budget, cached)
     device = Device()
     arrivals = [(arrival, make_request(i, prompt, n)) for i, (prompt, n, arrival) in enumerate(jobs)]
     requests = [request for _, request in arrivals]
     aborted: set[Request] = set()
+    in_flight: list[tuple[Step, np.ndarray]] = []
     for number in range(2000):
         for arrival, request in arrivals:
             if arrival == number:
@@ -116,18 +129,22 @@ def test_every_request_ends_with_its_own_text(jobs, num_pages, max_running, extr
         step = scheduler.schedule()
         check(scheduler)
         assert step.num_tokens <= scheduler.max_step_tokens
-        if not step.num_tokens:
+        if step.num_tokens and number in failures:
+            for failed in [step, *(launched for launched, _ in reversed(in_flight))]:
+                scheduler.roll_back(failed)
+            in_flight.clear()
+            check(scheduler)
+            continue
+        if step.num_tokens:
+            in_flight.append((step, device.run(step)))
+        elif not in_flight:
             assert not scheduler.num_unfinished, "work is left but the step is empty"
             if number > 6:
                 break
-            continue
-        if number in failures:
-            scheduler.roll_back(step)
-            check(scheduler)
-            continue
-        for request in scheduler.complete(step, device.run(step)):
-            if request.finish_reason:
-                scheduler.retire(request)
+        if in_flight and (not overlap or not step.num_tokens or len(in_flight) > 1):
+            for request in scheduler.complete(*in_flight.pop(0)):
+                if request.finish_reason:
+                    scheduler.retire(request)
         check(scheduler)
     else:
         raise AssertionError("the requests did not end")
@@ -136,6 +153,7 @@ def test_every_request_ends_with_its_own_text(jobs, num_pages, max_running, extr
         if request not in aborted:
             assert request.output_ids == expected_output(prompt, max_tokens)
             assert 0 <= request.cached_tokens < len(prompt)
+        assert request.num_pending == 0
     if scheduler.cache:
         scheduler.pool.free(scheduler.cache.clear())
     assert scheduler.pool.num_free == num_pages

@@ -62,6 +62,22 @@ def test_a_decoding_row_goes_on_from_its_length(device):
     assert out.slots.item() == pages[2, 2].item() * PAGE + 1
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_padding_touches_no_table(device, reference):
+    tokens, length, pages = table(device)
+    length[3], tokens[3, 20] = 20, 5
+    before = tokens.clone(), length.clone()
+    arguments = (ints([3, -1, -1], device), ints([-1] * 3, device), ints([0, 1, 2, 3], device), ints([0] * 3, device))
+    if reference:
+        out = prepare_step_reference(*arguments, ints([], device), 3, tokens, length, pages, PAGE)
+    else:
+        out = prepare_step(*arguments, ints([], device), 3, 1, tokens, length, pages, PAGE)
+    assert out.input_ids.tolist() == [5, 0, 0] and out.positions.tolist() == [20, 0, 0]
+    assert out.slots[1:].tolist() == [-1, -1] and out.kv_lens.tolist() == [21, 0, 0]
+    before[1][3] = 21
+    assert torch.equal(tokens, before[0]) and torch.equal(length, before[1])
+
+
 def test_stored_tokens_are_not_stored_again(device):
     tokens, length, pages = table(device)
     out = prepare_step(

@@ -282,6 +282,19 @@ def test_writes_tokens_and_overwrites_poison(device, monkeypatch):
         assert torch.equal(tokens, written)
 
 
+@pytest.mark.parametrize("function", [sample, sample_reference])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 3}])
+def test_padding_touches_no_table(device, function, options):
+    logits = torch.randn(3, 500, device=device)
+    arguments = parameters(3, device, **options)
+    expected = function(logits, **arguments)
+    arguments["rows"][1] = -1
+    tokens = torch.full((3, 100), -9, dtype=torch.int32, device=device)
+    ids = function(logits, **arguments, tokens=tokens)
+    assert ids.tolist() == [expected[0], 0, expected[2]]
+    assert (tokens != -9).sum() == 2
+
+
 def test_reads_a_strided_view(device, dtype):
     padded = torch.full((4, 600), torch.nan, device=device, dtype=dtype)
     padded[:, :501] = torch.randn(4, 501, device=device).to(dtype)
