@@ -2,20 +2,20 @@
 
     id = argmax over kept tokens of logit / temperature + gumbel(seed, position, token)
 
+Without filters the same is done twice, which gives the same distribution for far less noise: among the blocks of 4096
+token ids, each with the log-sum-exp of its logits and one draw, and then among the tokens of the block that won.
+
 Filters apply in the order top-k, top-p (on what top-k left, renormalised), min-p, as transformers' warpers do; tokens
 tied with the last kept one are all kept. Each filter is a threshold on the logits, found without sorting: by bisection
 over integer keys that order as the floats do. Ties of the score go to the smallest id, as in torch.argmax.
 
 Legend: N samples, V vocabulary, R rows of the parameter tables, C candidates. logits  # [N, V].
-Bound by memory when greedy (reads [N, V] once), by arithmetic with noise (about 80 instructions a token).
+Bound by memory: reads [N, V] once.
 
-Two launches. The first takes blocks of 4096 token ids: without filters it finds the block's best id; with filters it
-leaves the block's largest logits, at most C, and its softmax mass. The second takes rows: it combines the blocks'
-bests, or searches the thresholds among the candidates, which is exact when every kept token is one of them (always for
-top_k <= C / 2, unless more than C / 2 logits of a block tie). It checks that, and else searches the whole row.
-
-Noise depends on (seed, position, token) alone: see `gumbel`. So an id depends on nothing but its own logits, parameters
-and place in its text.
+Two launches. The first takes blocks of 4096 token ids: it leaves the block's score without filters; with filters, its
+largest logits, at most C, and its softmax mass. The second takes rows: it samples in the best block, or searches the
+thresholds among the candidates, which is exact when every kept token is one of them (always for top_k <= C / 2, unless
+more than C / 2 logits of a block tie). It checks that, and else searches the whole row.
 
 A row of -1 is padding of a captured step: its id is 0 and no table is touched.
 
@@ -27,7 +27,14 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.gumbel import NOISE_BLOCK, gumbel, gumbel_reference, random_bits
+from minisgl.kernels.gumbel import (
+    NOISE_BLOCK,
+    block_gumbel,
+    block_gumbel_reference,
+    gumbel,
+    gumbel_reference,
+    random_bits,
+)
 from minisgl.kernels.launch import check, check_same, use_triton
 
 GREEDY_BELOW = tl.constexpr(1e-5)  # a lower temperature is greedy: logits divided by it would overflow
@@ -60,6 +67,16 @@ def kept_reference(
     return kept
 
 
+def block_scores_reference(
+    logits: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Log-sum-exp plus noise of each block  # [N, blocks]; logits  # [N, V] fp32, the rest  # [N]."""
+    blocks = triton.cdiv(logits.shape[1], NOISE_BLOCK.value)
+    padding = blocks * NOISE_BLOCK.value - logits.shape[1]
+    padded = torch.nn.functional.pad(logits / temperature[:, None], (0, padding), value=-torch.inf)
+    return padded.unflatten(1, (blocks, -1)).logsumexp(-1) + block_gumbel_reference(seed, positions, blocks)
+
+
 def sample_reference(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -83,6 +100,9 @@ def sample_reference(
         scores = wide * (1 / temperature[index])[:, None]
         scores += gumbel_reference(seed[index], positions[random], wide.shape[1])
         filtered = ((k > 0) & (k < wide.shape[1])) | (p < 1) | (floor > 0)
+        best_block = block_scores_reference(wide, temperature[index], seed[index], positions[random]).argmax(-1)
+        of_token = torch.arange(wide.shape[1], device=wide.device) // NOISE_BLOCK.value
+        scores.masked_fill_((of_token != best_block[:, None]) & ~filtered[:, None], -torch.inf)
         if bool(filtered.any()):
             some = filtered
             kept = kept_reference(wide[some], temperature[index][some], k[some], p[some], floor[some])
@@ -135,20 +155,19 @@ def _load_parameters(sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, mi
 
 @triton.jit
 def _best_of_block(logits_row, block, seed, position, temperature, cutoff, VOCAB: tl.constexpr):
-    """(score, id) of the best logit at or above `cutoff` among 4096 ids."""
+    """(score, id) of the best token whose logit is at or above `cutoff`, among the 4096 ids of a block."""
     counters = tl.arange(0, NOISE_BLOCK // 4)
     ids = counters + block * NOISE_BLOCK
     x0 = _load_logits(logits_row, ids, VOCAB)
     x1 = _load_logits(logits_row, ids + 1024, VOCAB)
     x2 = _load_logits(logits_row, ids + 2048, VOCAB)
     x3 = _load_logits(logits_row, ids + 3072, VOCAB)
-    if temperature >= GREEDY_BELOW:
-        inverse = tl.div_rn(1.0, temperature)
-        bits0, bits1, bits2, bits3 = random_bits(seed, position, counters + block * (NOISE_BLOCK // 4))
-        x0 = tl.where(x0 >= cutoff, x0 * inverse + gumbel(bits0), float("-inf"))
-        x1 = tl.where(x1 >= cutoff, x1 * inverse + gumbel(bits1), float("-inf"))
-        x2 = tl.where(x2 >= cutoff, x2 * inverse + gumbel(bits2), float("-inf"))
-        x3 = tl.where(x3 >= cutoff, x3 * inverse + gumbel(bits3), float("-inf"))
+    inverse = tl.div_rn(1.0, temperature)
+    bits0, bits1, bits2, bits3 = random_bits(seed, position, counters + block * (NOISE_BLOCK // 4))
+    x0 = tl.where(x0 >= cutoff, x0 * inverse + gumbel(bits0), float("-inf"))
+    x1 = tl.where(x1 >= cutoff, x1 * inverse + gumbel(bits1), float("-inf"))
+    x2 = tl.where(x2 >= cutoff, x2 * inverse + gumbel(bits2), float("-inf"))
+    x3 = tl.where(x3 >= cutoff, x3 * inverse + gumbel(bits3), float("-inf"))
     best = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 0)
     winner = tl.where(x3 == best, ids + 3072, NO_ID)
     winner = tl.where(x2 == best, ids + 2048, winner)
@@ -177,7 +196,8 @@ def _sample_blocks_kernel(
     BLOCKS: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Leaves (best score, its id, -) of a block; with filters (largest logit, floor key, mass) and the candidates.
+    """Leaves of a block: (its score, its number); greedy (largest logit, its id); with filters (largest logit, floor
+    key, mass) and the candidates.
 
     Every key above the floor is a candidate; mass is the sum of exp((logit - largest) / temperature).
     """
@@ -188,12 +208,18 @@ def _sample_blocks_kernel(
     row, temperature, top_k, top_p, min_p, seed, filtered = _load_parameters(
         sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, VOCAB
     )
+    ids = tl.arange(0, NOISE_BLOCK) + block * NOISE_BLOCK
+    x = _load_logits(logits_row, ids, VOCAB)
+    largest = tl.max(x, 0)
+    if temperature < GREEDY_BELOW:
+        tl.store(block_best_ptr + out, largest)
+        tl.store(block_id_ptr + out, tl.min(tl.where(x == largest, ids, NO_ID), 0))
+        return
+    inverse = tl.div_rn(1.0, temperature)
+    finite_largest = tl.maximum(largest, -LARGEST)
+    mass = tl.sum(tl.exp((x - finite_largest) * inverse), 0)
     if filtered:
-        ids = tl.arange(0, NOISE_BLOCK) + block * NOISE_BLOCK
-        x = _load_logits(logits_row, ids, VOCAB)
         keys = _key(x, SHIFT)
-        largest = tl.max(x, 0)
-        mass = tl.sum(tl.exp((x - tl.maximum(largest, -LARGEST)) * tl.div_rn(1.0, temperature)), 0)
         tl.store(block_mass_ptr + out, mass)
 
         # Bisect for a floor with C / 2 to C keys above it: more than C are above `low`, at most C above `floor`.
@@ -218,10 +244,9 @@ def _sample_blocks_kernel(
         tl.store(block_best_ptr + out, largest)
         tl.store(block_id_ptr + out, floor.to(tl.int32))
     else:
-        position = tl.load(positions_ptr + sample)
-        best, best_id = _best_of_block(logits_row, block, seed, position, temperature, float("-inf"), VOCAB)
-        tl.store(block_best_ptr + out, best)
-        tl.store(block_id_ptr + out, best_id)
+        noise = block_gumbel(seed, tl.load(positions_ptr + sample), block)
+        tl.store(block_best_ptr + out, finite_largest * inverse + tl.log(mass) + noise)
+        tl.store(block_id_ptr + out, block)
 
 
 @triton.jit
@@ -355,6 +380,9 @@ def _sample_rows_kernel(
                 best = tl.maximum(best, score)
     else:
         winner = tl.min(tl.where((block_best == best) & (blocks < BLOCKS), block_id, NO_ID), 0)
+        if temperature >= GREEDY_BELOW:
+            block = tl.minimum(winner, BLOCKS - 1)
+            best, winner = _best_of_block(logits_row, block, seed, position, temperature, float("-inf"), VOCAB)
     winner = tl.where((best > float("-inf")) & (row >= 0), tl.minimum(winner, VOCAB - 1), 0)
     tl.store(out_ptr + sample, winner)
     if HAS_TOKENS:

@@ -69,6 +69,26 @@ def test_greedy_tokens_equal_transformers(folder, name, device):
         assert sum(result.usage.cached_tokens for result in first) > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, limit", [("bfloat16", 5e-2), ("float16", 5e-3)])
+@pytest.mark.parametrize("name", NAMES)
+def test_narrow_logits_are_near_transformers(folder, monkeypatch, name, dtype, limit):
+    """Relative error of the logits against transformers in fp32: three layers of roundings to 8 (11) bits."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32).eval()
+    prompt = prompts_of_all_kinds()[2]
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt])).logits[0, -1]
+    seen = []
+    with LLM(folder(name), device="cuda", **{**SMALL, "dtype": dtype}, num_pages=40) as llm:
+        forward = llm.engine.model.forward
+        monkeypatch.setattr(llm.engine.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
+    logits = seen[-1][-1].float().cpu()
+    assert (logits - expected).norm() / expected.norm() < limit
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["qwen3", "mistral-window", "llama-llama3"])
 def test_the_triton_kernels_give_the_same_tokens(folder, name):

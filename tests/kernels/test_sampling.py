@@ -9,7 +9,13 @@ import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from minisgl.kernels.gumbel import gumbel_reference, random_bits_reference
-from minisgl.kernels.sampling import CANDIDATES, kept_reference, sample, sample_reference
+from minisgl.kernels.sampling import (
+    CANDIDATES,
+    block_scores_reference,
+    kept_reference,
+    sample,
+    sample_reference,
+)
 
 HAS_GPU = torch.cuda.is_available()
 INF = float("inf")
@@ -42,6 +48,12 @@ def assert_same_choice(ids, logits, options):
     assert len(different) <= 0.02 * len(ids), f"{len(different)} of {len(ids)} ids differ"
     for place in different.tolist():
         row = options["rows"][place : place + 1].long()
+        one = logits[place : place + 1].float(), options["temperature"][row], options["seed"][row]
+        blocks = block_scores_reference(*one, options["positions"][place : place + 1])[0]
+        chosen = int(ids[place]) // 4096, int(expected[place]) // 4096
+        if chosen[0] != chosen[1]:
+            torch.testing.assert_close(blocks[chosen[0]], blocks[chosen[1]], rtol=1e-5, atol=1e-4)
+            continue
         noise = gumbel_reference(options["seed"][row], options["positions"][place : place + 1], logits.shape[1])[0]
         scores = logits[place].float() / options["temperature"][row] + noise
         torch.testing.assert_close(scores[ids[place]], scores[expected[place]], rtol=1e-5, atol=1e-4)
@@ -248,6 +260,20 @@ def test_frequencies_follow_the_distribution(device, options):
     chi_square = ((counts - expected)[kept].square() / expected[kept]).sum()
     freedom = int(kept.sum()) - 1
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_blocks_are_taken_by_their_mass(device):
+    """Samples without filters choose a block of 4096 ids first: tokens of all blocks must keep their shares."""
+    samples, vocab = 20_000, 9000
+    logits = torch.full((vocab,), -INF, device=device)
+    tokens = torch.tensor([0, 1, 4095, 4096, 8191, 8192, 8999], device=device)
+    logits[tokens] = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 1.5, -2.0], device=device)
+    arguments = parameters(samples, device, seed=7, temperature=0.8)
+    ids = (sample if HAS_GPU else sample_reference)(logits.expand(samples, -1), **arguments)
+    expected = (logits[tokens] / 0.8).double().softmax(-1) * samples
+    counts = torch.bincount(ids, minlength=vocab).double()[tokens]
+    assert counts.sum() == samples
+    assert ((counts - expected).square() / expected).sum() < 6 + 4 * 12**0.5
 
 
 def test_rare_tokens_keep_their_share():
