@@ -1,4 +1,5 @@
-"""Prefill attention: bf16, pages of 64, beside torch's scaled_dot_product_attention on dense keys and values."""
+"""Prefill attention: bf16, pages of 64, beside torch's scaled_dot_product_attention on dense keys and values, and the
+portable kernel, which is the same one where the architecture has none of its own."""
 
 from collections.abc import Iterator
 
@@ -8,7 +9,12 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from minisgl.bench.harness import Case
-from minisgl.kernels.attention_prefill import attention_prefill, prefill_tiles, query_block
+from minisgl.kernels.attention_prefill import (
+    attention_prefill,
+    attention_prefill_portable,
+    prefill_tiles,
+    query_block,
+)
 from minisgl.kernels.paged import shuffled_page_table
 
 PAGE_SIZE = 64
@@ -55,8 +61,13 @@ def _case(batch: int, new: int, cached: int, heads: int, kv_heads: int, head_dim
     def sdpa() -> torch.Tensor:
         return F.scaled_dot_product_attention(dense_q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
 
+    arguments = (q, k_cache, v_cache, page_table, rows, cu_seqlens, lens, tiles)
+
     def run() -> None:
-        attention_prefill(q, k_cache, v_cache, page_table, rows, cu_seqlens, lens, tiles, scale=scale, out=out)
+        attention_prefill(*arguments, scale=scale, out=out)
+
+    def portable() -> None:
+        attention_prefill_portable(*arguments, scale=scale, out=out)
 
     visible = batch * (new * cached + new * (new + 1) // 2)  # (query, key) pairs
     name = f"{batch} x {new}" + (f" on {cached}" if cached else "") + f", {heads}/{kv_heads} heads of {head_dim}"
@@ -64,7 +75,7 @@ def _case(batch: int, new: int, cached: int, heads: int, kv_heads: int, head_dim
         op="attention_prefill",
         shape=name,
         run=run,
-        baselines={"torch sdpa, dense": sdpa},
+        baselines={"torch sdpa, dense": sdpa, "portable": portable},
         bytes_moved=2 * (2 * batch * new * heads + 2 * batch * kv_len * kv_heads) * head_dim,
         flops=4 * heads * head_dim * visible,
     )

@@ -35,6 +35,7 @@ SHORT_CONTEXT = tl.constexpr(2048)
 SHORT_SPLIT = tl.constexpr(256)
 LONG_SPLIT = tl.constexpr(1024)
 COMBINE_BLOCK = 16  # splits combined at a time: fixed, so that the order of the sum is
+COMBINE_WARPS = 4
 
 
 def attention_decode_reference(
@@ -311,5 +312,5 @@ def attention_decode(
         BLOCK_N=tile.block_n,
         BLOCK_S=COMBINE_BLOCK,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=COMBINE_WARPS,
     )

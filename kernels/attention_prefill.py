@@ -10,10 +10,13 @@ One program does one tile: BLOCK_M queries of one sequence and one head. The hos
 longest first. Heads are the fastest place of the grid, so heads that share KV run together and find it in L2.
 Blocks of keys that every query of the tile sees carry no mask; only the diagonal and the window's edge do. Scores and
 sums are fp32. A token's result depends on its own sequence alone, but a prompt in chunks has other tiles than the whole
-prompt: the two agree to rounding, not bit for bit.
+prompt: the two agree to rounding, not bit for bit. Hopper has a kernel of its own for common shapes, in
+attention_prefill_sm90.py; the one here runs everywhere.
 Source: Dao, "FlashAttention-2", 2023; Kwon et al., "PagedAttention", 2023.
 """
 
+from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -87,7 +90,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By architecture and head dim, rounded up to 64, 128 or 256; for 2-byte types.
+# By architecture and head dim, rounded up to 64, 128 or 256; for 2-byte types. On sm_90 the queries of a tile are those
+# of the kernel in attention_prefill_sm90.py: which of the two runs is not known when the host lists the tiles.
 TILES: dict[str, dict[int, Tile]] = {
     "sm_90": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 64, 8, 2)},
     "sm_80": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
@@ -250,6 +254,16 @@ def _attention_prefill_kernel(
     tl.store(out_ptr + tokens[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :], out, mask=q_mask)
 
 
+@cache
+def _hopper() -> ModuleType | None:
+    """The module of the sm_90 kernel; None where Triton has no Gluon, or one with other names than those it knows."""
+    try:
+        from minisgl.kernels import attention_prefill_sm90
+    except (ImportError, AttributeError):
+        return None
+    return attention_prefill_sm90
+
+
 def attention_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -286,6 +300,29 @@ def attention_prefill(
     if tiles.shape[0] == 0:
         return
 
+    arguments = (q, k_cache, v_cache, page_table, rows, cu_seqlens, kv_lens, tiles)
+    hopper = _hopper() if architecture(q.device) == "sm_90" else None
+    if hopper is not None and hopper.fits(q, k_cache, v_cache, window):
+        hopper.attention_prefill_sm90(*arguments, scale=scale, out=out)
+    else:
+        attention_prefill_portable(*arguments, scale=scale, window=window, out=out)
+
+
+def attention_prefill_portable(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    kv_lens: torch.Tensor,
+    tiles: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    out: torch.Tensor,
+) -> None:
+    """Launch the kernel of this file, for arguments that `attention_prefill` has checked and at least one tile."""
     _, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_cache.shape
     tile = _tile(head_dim, q.device, q.dtype)

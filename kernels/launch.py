@@ -27,6 +27,12 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device, for launches of one program each; CPU tensors (interpreter) give 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def check(condition: bool, message: str) -> None:
     """Raise ValueError with `message`, which starts with the argument's name, unless the condition holds."""
     if not condition:

@@ -74,7 +74,8 @@ def block_scores_reference(
     blocks = triton.cdiv(logits.shape[1], NOISE_BLOCK.value)
     padding = blocks * NOISE_BLOCK.value - logits.shape[1]
     padded = torch.nn.functional.pad(logits / temperature[:, None], (0, padding), value=-torch.inf)
-    return padded.unflatten(1, (blocks, -1)).logsumexp(-1) + block_gumbel_reference(seed, positions, blocks)
+    masses: torch.Tensor = padded.unflatten(1, (blocks, -1)).logsumexp(-1)
+    return masses + block_gumbel_reference(seed, positions, blocks)
 
 
 def sample_reference(

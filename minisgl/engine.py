@@ -161,7 +161,7 @@ class Engine:
 
     @torch.inference_mode()
     def _profile_activations(self, config: EngineConfig) -> int:
-        """Peak bytes of the largest steps beyond weights and KV; also compiles every kernel they use."""
+        """Peak bytes of the largest steps beyond weights and KV; also compiles every kernel that steps use."""
         model, rows = self.model_config, self.rows
         each = min(config.max_step_tokens // config.max_running, rows.tokens.shape[1] - 1)
         pages_each = -(-each // config.page_size)
@@ -179,6 +179,9 @@ class Engine:
         # Split-KV decode takes its largest workspace at the longest context.
         self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
         peak = torch.cuda.max_memory_allocated(self.device) - before
+        for size in (1, 2):  # small steps have matmul kernels of their own; padding alone changes no row
+            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)
+            self._run(rows.decode_batch(padding, rows.tokens.shape[1]), kv)
         del kv, decode
         rows.reset()
         torch.cuda.synchronize(self.device)

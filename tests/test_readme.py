@@ -1,5 +1,7 @@
 """Every command and program in the README works; the set-up lines are what CI runs."""
 
+import ast
+import json
 import os
 import re
 import shutil
@@ -92,8 +94,18 @@ def test_a_program_of_the_readme(program: str, folder: Path) -> None:
     assert run([sys.executable, "-c", program], folder)
 
 
+def test_the_gpu_figure_is_a_measured_one() -> None:
+    rows = map(json.loads, (ROOT / "bench" / "results" / "throughput.jsonl").read_text().splitlines())
+    measured = {f"{row['output_tokens_per_s']:,.0f}" for row in rows if row["workload"] == "mini"}
+    assert set(re.findall(r"run at ([\d,]+) output tokens/s", README)) <= measured
+
+
 def test_every_error_type_is_in_the_readme() -> None:
-    sources = [path.read_text() for path in (ROOT / "minisgl").rglob("*.py")]
-    types = {name for source in sources for name in re.findall(r'"(invalid_[a-z_]+|prompt_too_long)"', source)}
-    assert len(types) >= 7
-    assert {name for name in types if f"`{name}`" not in README} == set()
+    types = set()
+    for path in (ROOT / "minisgl").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("RequestError", "_refuse", "row_error"):
+                texts = [getattr(argument, "value", None) for argument in call.args]
+                types |= {text for text in texts if re.fullmatch(r"[a-z]+(_[a-z]+)+", str(text))}
+    listed = README.split("Error types:")[1].split(".")[0]
+    assert types | {"invalid_row", "invalid_request"} == set(re.findall(r"`(\w+)`", listed))  # two are defaults

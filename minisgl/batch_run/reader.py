@@ -23,6 +23,8 @@ _BLANK = b" \t\r\n"
 def open_input(source: str) -> BinaryIO:
     """Open a file, or stdin for "-". Raises MinisglError that says what to do."""
     if source == "-":
+        if sys.stdin is None:
+            raise MinisglError("stdin is closed; name a file of JSON lines")
         return sys.stdin.buffer
     path = Path(source)
     if path.is_dir():

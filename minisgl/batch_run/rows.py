@@ -35,6 +35,13 @@ HINTS = {
     "model": "the model is chosen for the whole run with -m",
     "stream": "a batch is not streamed",
     "n": "repeat the row with another seed instead",
+    "custom_id": "it is called 'id' here",
+    "body": "put its keys into the row itself",
+    **dict.fromkeys(
+        ("logprobs", "top_logprobs", "logit_bias", "response_format", "tools", "tool_choice")
+        + ("presence_penalty", "frequency_penalty", "repetition_penalty"),
+        "it is not supported; leave it out",
+    ),
 }
 MAX_MESSAGE_CHARS = 500  # error messages quote values, and a value can be megabytes
 
@@ -47,7 +54,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class RowError:
     """Why a row has no answer. `type` is one of a few stable names that programs may compare.
 
-    Of this module: invalid_json, invalid_row, invalid_parameter, invalid_token_id. The others are RequestError's.
+    Of this module: invalid_json, invalid_row, invalid_parameter, invalid_prompt, invalid_messages, invalid_token_id.
+    The others are RequestError's.
     """
 
     type: str
@@ -85,7 +93,8 @@ def parse_row(line: bytes, index: int, defaults: SamplingParams) -> Row | BadRow
     """Read one line; whatever its bytes are, the answer is a row or a bad row, never an exception.
 
     `defaults` are the parameters of rows that name none (the flags). Error types: invalid_json (the line is not one
-    JSON value in UTF-8), invalid_row (it is, but not of a row's form), invalid_parameter (a sampling parameter).
+    JSON value in UTF-8), invalid_row (it is, but not of a row's form), and invalid_prompt, invalid_messages,
+    invalid_token_id and invalid_parameter (the value of that key).
     """
     row_id: RowId = index
     try:
@@ -174,8 +183,8 @@ def _load(line: bytes) -> Any:
         _refuse(f"not JSON: {error.msg} at position {error.pos + 1}", "invalid_json")
     except RecursionError:
         _refuse("not readable JSON: nested too deeply", "invalid_json")
-    except ValueError as error:  # an integer of more digits than Python converts
-        _refuse(f"not readable JSON: {error}", "invalid_json")
+    except ValueError:  # an integer of more digits than Python converts
+        _refuse("not readable JSON: a number has thousands of digits", "invalid_json")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,7 +231,9 @@ def _read_prompt(value: Any) -> str:
         _refuse(f"prompt must be a string, not {_kind(value)}")
     lone = _SURROGATE.search(value)  # json.loads joins pairs, so what is left has no partner
     if lone:
-        _refuse(f"prompt holds half of a surrogate pair (\\u{ord(lone[0]):04x}), which is not a character")
+        _refuse(
+            f"prompt holds half of a surrogate pair (\\u{ord(lone[0]):04x}), which is not a character", "invalid_prompt"
+        )
     return value
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from minisgl.batch_run.rows import BadRow, Row, RowError, RowId, format_answer, format_error, row_error
-from minisgl.errors import RequestError
+from minisgl.errors import MinisglError, RequestError
 from minisgl.request import Result
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 # Wide enough for the engine to find shared prefixes among the rows, small enough to read in well under a second.
 MIN_LOOK_AHEAD = 4096
+# Tokens of common vocabularies are shorter (Qwen's longest is 128 spaces). Tokenizing megabytes takes seconds, so a
+# text that cannot fit the context is refused before.
+MAX_CHARS_PER_TOKEN = 256
 
 
 @dataclass
@@ -113,12 +116,29 @@ class BatchRun:
         for row in rows:
             if row.prompt_token_ids is not None:
                 tokenized.append((row, row.prompt_token_ids))
+            elif refusal := self._refuse_text(row):
+                tokenized.append((row, refusal))
             elif row.prompt is not None and not self.chat:
                 texts.append((row, row.prompt))
             else:
                 tokenized.append((row, self._apply_template(row)))
         encoded = self.llm.tokenizer.encode_batch([text for _, text in texts]) if texts else []
         return tokenized + [(row, ids) for (row, _), ids in zip(texts, encoded, strict=True)]
+
+    def _refuse_text(self, row: Row) -> RequestError | None:
+        """Why the row's text cannot become tokens, whatever it says."""
+        try:
+            _ = self.llm.tokenizer
+        except MinisglError as error:
+            return RequestError(str(error), "no_tokenizer")
+        messages = row.messages or [{"content": row.prompt}]
+        num_chars = sum(len(message["content"]) for message in messages)
+        max_len = self.llm.config.max_len
+        assert max_len is not None
+        if num_chars <= MAX_CHARS_PER_TOKEN * max_len:
+            return None
+        message = f"the prompt has {num_chars:,} characters, which the context of {max_len:,} tokens cannot hold"
+        return RequestError(f"{message}: shorten it", "prompt_too_long")
 
     def _apply_template(self, row: Row) -> list[int] | RequestError:
         if self.chat is False:

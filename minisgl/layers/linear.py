@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 import torch
-from torch.nn.functional import linear
 
+from minisgl.kernels.skinny_matmul import matmul
 from minisgl.layers import Empty
 
 
@@ -18,7 +18,7 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, I] -> [T, O]."""
-        return linear(x, self.weight, self.bias)
+        return matmul(x, self.weight, self.bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found, start = {}, 0

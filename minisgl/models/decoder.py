@@ -7,9 +7,9 @@ between calls: the KV cache is passed.
 from functools import partial
 
 import torch
-from torch.nn.functional import linear
 
 from minisgl.batch import Batch, KVCache
+from minisgl.kernels.skinny_matmul import matmul
 from minisgl.layers import Empty, join
 from minisgl.layers.attention import Attention
 from minisgl.layers.embedding import Embedding
@@ -71,7 +71,7 @@ class Decoder:
                 x, residual = (rows.index_select(0, batch.sample_index) for rows in (x, residual))  # [N, hidden]
             x = layer.mlp(layer.mlp_norm(x, residual))
             x = norm_after(x, residual)
-        return linear(x, self.lm_head)
+        return matmul(x, self.lm_head)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every checkpoint tensor's name and the parameter rows that it fills."""

@@ -30,7 +30,7 @@ class FakeLLM:
 
     def __init__(self, model: Any = None, **options: Any):
         self.model, self.options = model, options
-        self.config = SimpleNamespace(max_running=options.get("max_running", 8))
+        self.config = SimpleNamespace(max_running=options.get("max_running", 8), max_len=100)
         self.tokenizer = FakeTokenizer()
         self.waiting: list[Request] = []
         self.running: list[Request] = []

@@ -2,6 +2,8 @@
 
 import io
 import os
+import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,38 @@ def test_old_results_stay_until_the_first_new_line(source: Path, tmp_path: Path)
     writer.write([b"3\n"])
     writer.close()
     assert out.read_text() == "1\n2\n3\n"
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with source.open("rb") as file:
+        writer = ResultWriter(str(out), file)
+    writer.write([b"first\n"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(MinisglError, match=f"cannot write {out}"):
+            writer.write([b"second\n", b"third\n"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()
+    assert out.read_bytes() == b"first\nsecond\n"
+    assert writer.num_rows == 2
+
+
+def test_a_finished_job_has_a_file(source: Path, tmp_path: Path) -> None:
+    with source.open("rb") as file:
+        ResultWriter(str(tmp_path / "out.jsonl"), file).finish()
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_closed_streams(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(MinisglError, match="stdin is closed"):
+        open_input("-")
+    with source.open("rb") as file, pytest.raises(MinisglError, match="stdout is closed"):
+        ResultWriter("-", file)
 
 
 def test_a_writer_that_wrote_nothing_leaves_no_file(source: Path, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from minisgl.batch_run import runner
 from minisgl.batch_run.rows import BadRow, Row, parse_row
 from minisgl.batch_run.runner import BatchRun, Summary
+from minisgl.errors import MinisglError
 from minisgl.request import SamplingParams
 
 
@@ -105,6 +107,36 @@ def test_a_model_without_a_chat_template(fake_llm: Any, monkeypatch: pytest.Monk
     job(rows_of({"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a"}))
     assert "no chat template" in job.rows[0]["error"]["message"]
     assert job.rows[1]["error"] is None
+
+
+def test_a_model_without_a_tokenizer(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class IdsOnly(fake_llm):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            del self.tokenizer
+
+        def __getattr__(self, name: str) -> Any:
+            raise MinisglError("no tokenizer: add one")
+
+    job = Job(IdsOnly())
+    job(rows_of({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt_token_ids": [1]}))
+    errors = [row["error"] for _, row in sorted(job.rows.items())]
+    assert errors == 2 * [{"type": "no_tokenizer", "message": "no tokenizer: add one"}] + [None]
+
+
+def test_a_text_far_longer_than_the_context_is_not_tokenized(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = fake_llm()
+    monkeypatch.setattr(runner, "MAX_CHARS_PER_TOKEN", 2)  # 200 characters for 100 tokens
+    encoded: list[int] = []
+    encode = llm.tokenizer.encode_batch
+    llm.tokenizer.encode_batch = lambda texts: [encoded.extend(map(len, texts)), *encode(texts)][1:]
+    llm.tokenizer.apply_chat_template = lambda messages: encoded.append(-1)
+    job = Job(llm)
+    half = {"role": "user", "content": "x" * 101}
+    job(rows_of({"prompt": "x" * 50}, {"prompt": "x" * 200}, {"prompt": "x" * 201}, {"messages": [half, half]}))
+    assert encoded == [50, 200]
+    assert [job.rows[index]["error"]["type"] for index in (1, 2, 3)] == ["prompt_too_long"] * 3
+    assert "202 characters" in job.rows[3]["error"]["message"] and job.rows[0]["error"] is None
 
 
 def test_token_ids_only_when_asked_for(fake_llm: Any) -> None:

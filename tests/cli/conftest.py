@@ -1,8 +1,9 @@
 """The command line on the stand-in engine of tests/batch_run: `minisgl.llm` is replaced for the test."""
 
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,13 @@ Invoke = Callable[..., Result]
 
 
 @pytest.fixture
-def invoke(fake_llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Invoke:
+def invoke(fake_llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Invoke]:
     """`invoke("run", "in.jsonl", input=b"...")` in an empty folder, with FakeLLM as the engine."""
     monkeypatch.setitem(sys.modules, "minisgl.llm", SimpleNamespace(LLM=fake_llm))
     monkeypatch.chdir(tmp_path)
-    return lambda *args, input=None: CliRunner().invoke(main, [str(arg) for arg in args], input=input)
+    handler = signal.getsignal(signal.SIGINT)
+    yield lambda *args, input=None: CliRunner().invoke(main, [str(arg) for arg in args], input=input)
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -122,6 +122,7 @@ CANNOT_START = [
     (["prompts.jsonl", "-o", "prompts.jsonl"], "is the input"),
     (["prompts.jsonl", "-o", "no/such/folder/out.jsonl"], "does not exist; make it"),
     (["prompts.jsonl", "-o", "."], "is a folder"),
+    (["prompts.jsonl", "-m", ""], "-m is empty"),
     (["prompts.jsonl", "--page-size", "17"], "must be a power of two from 16 to 256"),
     (["prompts.jsonl", "--page-size", "8"], "16<=x<=256"),
     (["prompts.jsonl", "--temperature", "-1"], "0<=x<=100"),
@@ -184,7 +185,10 @@ def test_an_engine_that_fails(invoke: Invoke, prompts: Path, fake_llm: Any, monk
 def test_a_disk_that_is_full(invoke: Invoke, prompts: Path) -> None:
     done = invoke("run", prompts, "-o", "/dev/full")
     assert done.exit_code == 2
-    assert done.stderr.splitlines()[-1] == "Error: stopped: No space left on device; no row was finished"
+    assert done.stderr.splitlines()[-1] == (
+        "Error: stopped: cannot write /dev/full: No space left on device; "
+        "free some space, or name a file on another disk with -o; no row was written"
+    )
 
 
 def test_ctrl_c(invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,5 +208,5 @@ def test_ctrl_c_before_the_first_row_keeps_old_results(
     monkeypatch.setattr(fake_llm, "failure", KeyboardInterrupt())
     monkeypatch.setattr(fake_llm, "fail_at_step", 1)
     done = invoke("run", prompts)
-    assert done.stderr.splitlines()[-1] == "Interrupted: no row was finished"
+    assert done.stderr.splitlines()[-1] == "Interrupted: no row was written"
     assert Path("prompts.results.jsonl").read_text() == "old\n"

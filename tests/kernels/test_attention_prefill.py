@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -5,14 +6,18 @@ import pytest
 import torch
 
 from minisgl.kernels import attention_prefill as module
+from minisgl.kernels import attention_prefill_sm90 as sm90
 from minisgl.kernels import launch
 from minisgl.kernels.attention_prefill import (
     attention_prefill,
+    attention_prefill_portable,
     attention_prefill_reference,
     prefill_tiles,
     query_block,
 )
 from minisgl.kernels.paged import shuffled_page_table, store_in_pages
+
+HAS_SM90 = torch.cuda.is_available() and launch.architecture(torch.device("cuda", 0)) == "sm_90"
 
 
 class Problem(NamedTuple):
@@ -27,13 +32,14 @@ class Problem(NamedTuple):
     kv_lens: torch.Tensor
     dense: list[tuple[torch.Tensor, torch.Tensor]]  # keys, values of each sequence  # [kv_len, K, D]
 
-    def launch(self, window: int = 0) -> torch.Tensor:
+    def launch(self, window: int = 0, kernel: Callable[..., None] = attention_prefill) -> torch.Tensor:
         out = torch.full(self.q.shape, float("nan"), dtype=self.q.dtype, device=self.q.device)
         head_dim, device = self.q.shape[2], self.q.device
         lens = self.kv_lens.cpu().numpy()
         tiles = prefill_tiles(self.cu_seqlens.cpu().diff().numpy(), lens, query_block(head_dim, device, self.q.dtype))
         tiles = torch.from_numpy(tiles).to(device)
-        attention_prefill(*self[:7], tiles, scale=head_dim**-0.5, window=window, out=out)
+        options = {"window": window} if window else {}
+        kernel(*self[:7], tiles, scale=head_dim**-0.5, out=out, **options)
         return out
 
     def expected(self, window: int = 0) -> torch.Tensor:
@@ -193,6 +199,28 @@ def test_every_architecture_has_a_tile_of_each_size(arch, monkeypatch):
         assert query_block(head_dim, torch.device("cpu"), torch.bfloat16) in (32, 64, 128)
 
 
+def test_both_kernels_of_hopper_have_the_same_tiles(monkeypatch):
+    monkeypatch.setattr(module, "architecture", lambda device: "sm_90")
+    for head_dim in sm90.STAGES:
+        for element in (torch.bfloat16, torch.float16):
+            assert query_block(head_dim, torch.device("cpu"), element) == sm90.BLOCK_M.value
+
+
+def test_what_the_kernel_of_hopper_takes():
+    def fits(dtype=torch.bfloat16, head_dim=128, page_size=64, window=0, skip=0):
+        qkv = torch.empty(5 * 12 * head_dim + skip, dtype=dtype)[skip:].view(5, 12, head_dim)
+        cache = torch.empty(3, page_size, 2, head_dim, dtype=dtype)
+        return sm90.fits(qkv[1:, :8], cache, cache, window)
+
+    assert all(fits(page_size=page_size) for page_size in (16, 32, 64, 128, 256))
+    assert fits(dtype=torch.float16, head_dim=64)
+    assert not fits(dtype=torch.float32)
+    assert not any(fits(head_dim=head_dim) for head_dim in (16, 80, 96, 256))
+    assert not fits(page_size=8)
+    assert not fits(window=100)
+    assert not fits(skip=1)  # TMA needs 16 bytes
+
+
 @pytest.mark.parametrize(
     "name, change",
     [
@@ -258,11 +286,12 @@ def test_offsets_beyond_32_bits(device, assert_close):
 
 
 @pytest.mark.gpu
-def test_index_alignment_does_not_recompile(device):
+def test_index_alignment_does_not_recompile(device, kernel, jit_function):
     problem = make_problem([40, 9, 3], [0, 30, 3], 2, 1, 64, 16, device, torch.float16)
-    problem.launch()
-    cache = module._attention_prefill_kernel.device_caches[torch.cuda.current_device()][0]
+    problem.launch(kernel=kernel)
+    cache = jit_function.device_caches[torch.cuda.current_device()][0]
     before = len(cache)
+    assert before
     tail = problem._replace(
         q=problem.q[40:],
         rows=problem.rows[1:],
@@ -270,5 +299,123 @@ def test_index_alignment_does_not_recompile(device):
         kv_lens=problem.kv_lens[1:],
         page_table=problem.page_table[:, :-1].contiguous(),
     )
-    tail.launch()
+    tail.launch(kernel=kernel)
     assert len(cache) == before
+
+
+# Hopper's kernel and the portable one, each called by name: the dispatch is not trusted to reach both.
+
+
+@pytest.fixture(params=["portable", "sm_90"])
+def kernel(request: pytest.FixtureRequest) -> Callable[..., None]:
+    if request.param == "portable":
+        return attention_prefill_portable
+    if not HAS_SM90:
+        pytest.skip("needs an sm_90 GPU")
+    return sm90.attention_prefill_sm90
+
+
+@pytest.fixture
+def jit_function(kernel):
+    portable = kernel is attention_prefill_portable
+    return module._attention_prefill_kernel if portable else sm90._attention_prefill_sm90
+
+
+def assert_each_row_close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    """By token and head: the rows of long contexts are small, and a norm over all would not see them."""
+    error = (out.double() - expected).norm(dim=2) / expected.norm(dim=2)
+    # About 4 times what bf16 and fp16 weights and outputs leave on average.
+    limit = {torch.bfloat16: 2e-2, torch.float16: 3e-3}[out.dtype]
+    assert error.max() <= limit, f"relative error {error.max():.2e} at {divmod(int(error.argmax()), out.shape[1])}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("element", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(8, 2), (5, 5), (7, 1)])
+def test_ragged_ends(device, kernel, element, head_dim, page_size, heads, kv_heads):
+    """Ends of queries and of keys before, on and behind those of a tile, a block and a page; unused slots are NaN."""
+    ends = [(1, 0), (127, 0), (128, 0), (129, 0), (257, 0), (1, 1), (1, 126), (1, 127), (1, 128), (1, 255), (1, 256)]
+    ends += [
+        (2, 126),
+        (128, 64),
+        (128, 127),
+        (130, 1),
+        (255, 1),
+        (64, 1000),
+        (257, 17),
+        (300, 511),
+        (31, 513),
+        (16, 15),
+    ]
+    query_lens, cached_lens = zip(*ends, strict=True)
+    problem = make_problem([*query_lens], [*cached_lens], heads, kv_heads, head_dim, page_size, device, element)
+    out = problem.launch(kernel=kernel)
+    assert_each_row_close(out, problem.expected())
+    assert torch.equal(out, problem.launch(kernel=kernel))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+@pytest.mark.parametrize("max_query_len, max_cached_len", [(3, 100), (600, 0), (200, 1500)])
+def test_many_tiles_for_each_program(device, kernel, head_dim, page_size, max_query_len, max_cached_len):
+    """Turns of one block and of many, in every order: the barriers' phases go on from tile to tile."""
+    rng = np.random.default_rng(0)
+    query_lens = rng.integers(1, max_query_len + 1, size=200).tolist()
+    cached_lens = rng.integers(0, max_cached_len + 1, size=200).tolist()
+    problem = make_problem(query_lens, cached_lens, 8, 2, head_dim, page_size, device, torch.bfloat16)
+    out = problem.launch(kernel=kernel)
+    assert_each_row_close(out, problem.expected())
+    for _ in range(20):
+        assert torch.equal(out, problem.launch(kernel=kernel))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_neighbours_do_not_change_a_bit(device, kernel, head_dim, page_size):
+    rng = np.random.default_rng(1)
+    query_lens = rng.integers(1, 400, size=40).tolist()
+    cached_lens = rng.integers(0, 700, size=40).tolist()
+    problem = make_problem(query_lens, cached_lens, 8, 4, head_dim, page_size, device, torch.bfloat16)
+    together = problem.launch(kernel=kernel)
+    offsets = problem.cu_seqlens.tolist()
+    for s, query_len in enumerate(query_lens):
+        alone = problem._replace(
+            q=problem.q[offsets[s] : offsets[s + 1]],
+            rows=problem.rows[s : s + 1],
+            cu_seqlens=torch.tensor([0, query_len], dtype=torch.int32, device=device),
+            kv_lens=problem.kv_lens[s : s + 1],
+        )
+        assert torch.equal(alone.launch(kernel=kernel), together[offsets[s] : offsets[s + 1]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoding", [1, 3, 127])
+def test_queries_behind_those_that_decode(device, kernel, decoding):
+    """In a mixed step q and out start behind the tokens that decode; those, and the padding, stay as they are."""
+    query_lens = [130, 1, 77]
+    problem = make_problem([decoding, *query_lens, 5], [0, 0, 40, 200, 0], 8, 2, 128, 64, device, torch.bfloat16)
+    mine = problem._replace(
+        q=problem.q[decoding:],
+        rows=problem.rows[1:4],
+        cu_seqlens=problem.cu_seqlens[1:5] - decoding,
+        kv_lens=problem.kv_lens[1:4],
+    )
+    out = torch.full(problem.q.shape, float("nan"), dtype=torch.bfloat16, device=device)
+    tiles = prefill_tiles(query_lens, mine.kv_lens.tolist(), query_block(128, device, torch.bfloat16))
+    kernel(*mine[:7], torch.from_numpy(tiles).to(device), scale=128**-0.5, out=out[decoding:])
+    end = decoding + sum(query_lens)
+    assert_each_row_close(out[decoding:end], problem.expected()[decoding:end])
+    assert out[:decoding].isnan().all() and out[end:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
+def test_hopper_runs_its_own_kernel(device, monkeypatch):
+    problem = make_problem([40, 200], [0, 30], 4, 2, 128, 64, device, torch.bfloat16)
+    own = problem.launch(kernel=sm90.attention_prefill_sm90)
+    monkeypatch.setattr(module, "attention_prefill_portable", None)
+    assert torch.equal(problem.launch(), own)

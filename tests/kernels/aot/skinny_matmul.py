@@ -1,0 +1,19 @@
+import torch
+
+from minisgl.kernels import skinny_matmul as module
+from minisgl.kernels.skinny_matmul import FP32_RULES, RULES, SAFE_RULES, Rule, skinny_matmul
+
+
+def launch() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rules = FP32_RULES if dtype == torch.float32 else RULES.get(module.architecture("cpu"), SAFE_RULES)
+        for rule in rules:
+            for inputs in (1000, 1024, 4096):
+                _launch(rule, inputs, dtype)
+
+
+def _launch(rule: Rule, inputs: int, dtype: torch.dtype) -> None:
+    outputs, inputs = min(rule.max_n, 40_000), min(rule.max_k, inputs)
+    x, weight = torch.empty(rule.max_m, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
+    skinny_matmul(x, weight)
+    skinny_matmul(x, weight, torch.empty(outputs, dtype=dtype))
