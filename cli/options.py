@@ -5,6 +5,8 @@ flag of each. A flag that is not given stays out of the result, so the model's o
 """
 
 import functools
+import os
+import signal
 import sys
 import traceback
 import types
@@ -82,7 +84,10 @@ def _flag(table: type, setting: Field[Any]) -> Callable[[Command], Command]:
 
 
 class OneLineErrors(click.Command):
-    """A command with --debug. What goes wrong is one line on stderr and exit code 2; --debug prints its traceback."""
+    """A command with --debug. What goes wrong is one line on stderr and exit code 2; --debug prints its traceback.
+
+    Ctrl-C is exit code 130, with a line that says how far the command came; a second one ends the process at once.
+    """
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -90,13 +95,14 @@ class OneLineErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            sys.exit(INTERRUPTED)
+            interrupted("Interrupted.")
         except Exception as error:
             if debug:
                 traceback.print_exc()
@@ -112,6 +118,18 @@ def describe(error: Exception) -> str:
     else:
         text = f"{type(error).__name__}: {error} (--debug shows where)"
     return " ".join(text.split())
+
+
+def interrupted(message: str) -> NoReturn:
+    """Say it on stderr and exit with 130."""
+    click.echo(message, err=True)
+    sys.exit(INTERRUPTED)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    # A second exception on top of the first would end in a traceback somewhere; nothing waits to be saved.
+    signal.signal(signal.SIGINT, lambda signum, frame: os._exit(INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def fail(message: str) -> NoReturn:

@@ -81,10 +81,13 @@ class Engine:
             self.num_pages = num_pages
             self.kv = self._new_cache(num_pages, config.page_size)
             self.graphs = self._new_graphs()
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # A CPU's allocator has no error type of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "alloc" not in str(error):
+                raise
             raise MinisglError(
-                f"the model does not fit in the memory of {self.device}: use a smaller model or a larger GPU, free the "
-                "GPU of other programs, or lower --max-step-tokens and --max-running"
+                f"the model and its KV pages do not fit in the memory of {self.device}: use a smaller model or a "
+                "larger device, free it of other programs, or lower --num-pages, --max-step-tokens and --max-running"
             ) from error
 
     @property
@@ -195,8 +198,9 @@ class Engine:
         capacity = num_pages * config.page_size
         if capacity < 2 * config.page_size:
             raise MinisglError(
-                f"{self.device} has no room for KV beside the model: use a smaller model or a larger GPU, raise "
-                "--memory-fraction, or lower --max-step-tokens and --max-running"
+                f"{self.device} has no room for KV beside the model: {num_pages} pages, and 2 are needed. Use a smaller "
+                "model or a larger device, raise --num-pages or --memory-fraction, or lower --max-step-tokens "
+                "and --max-running"
             )
         if config.max_len > capacity:
             log.warning("max_len is lowered from %d to %d, the tokens that the KV pages hold", config.max_len, capacity)

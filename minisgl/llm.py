@@ -98,6 +98,8 @@ class LLM:
         `params` is one for all, or one each. A prompt that cannot be served gets a result whose `error` says why; the
         others are answered. `progress` shows a bar on stderr.
         """
+        if not isinstance(prompts, (Sequence, np.ndarray)):
+            raise MinisglError(f"prompts must be a string, a list of token ids or a list of these, not {prompts!r}")
         one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
         batch = cast("Sequence[Prompt]", [prompts] if one else prompts)
         return self._answer([_attempt(self._encode, prompt) for prompt in batch], params, progress)
@@ -143,16 +145,24 @@ class LLM:
         vocab_size, max_len = self.model_config.vocab_size, self.engine.max_len
         if not len(prompt_ids):
             raise RequestError("the prompt has no tokens: give it at least one", "invalid_prompt")
-        for extreme in (min(prompt_ids), max(prompt_ids)):
+        try:
+            ids = np.asarray(prompt_ids)
+        except ValueError:  # nested lists of different lengths
+            ids = np.empty((0, 0))
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
+        for extreme in (ids.min(), ids.max()):
             if not 0 <= extreme < vocab_size:
                 raise RequestError(
                     f"token id {extreme} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
                 )
-        ids = np.asarray(prompt_ids, np.int32)
         if len(ids) >= max_len:
+            remedy = "shorten it"
+            if max_len < self.model_config.max_position_embeddings:
+                remedy += ", or raise --max-len (and, where KV memory is the limit, --memory-fraction or --num-pages)"
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens, and the context of {max_len:,} must hold it and the output: "
-                "shorten it, or raise --max-len if the model allows",
+                f"{remedy}",
                 "prompt_too_long",
             )
         if params.stop and self._tokenizer is None:
@@ -202,7 +212,11 @@ class LLM:
         return ended
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if not isinstance(prompt, (Sequence, np.ndarray)):
+            raise RequestError(f"a prompt must be a string or a list of token ids, not {prompt!r}", "invalid_prompt")
+        return cast("Sequence[int]", prompt)
 
     def _answer(self, prompts: Sequence[Sequence[int] | RequestError], params: Params, progress: bool) -> list[Result]:
         if isinstance(params, Sequence) and len(params) != len(prompts):
@@ -210,6 +224,9 @@ class LLM:
                 f"there are {len(prompts)} prompts and {len(params)} params: give one for all, or one each"
             )
         each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
+        wrong = next((one for one in each if not isinstance(one, SamplingParams)), None)
+        if wrong is not None:
+            raise MinisglError(f"params must be SamplingParams, one for all prompts or one each, not {wrong!r}")
         results: dict[int, Result] = {}
         requests = []
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):

@@ -70,8 +70,9 @@ def test_greedy_tokens_equal_transformers(folder, name, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, limit", [("bfloat16", 5e-2), ("float16", 5e-3)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, dtype, limit", [*((name, "bfloat16", 5e-2) for name in NAMES), ("qwen3", "float16", 1e-2)]
+)
 def test_narrow_logits_are_near_transformers(folder, monkeypatch, name, dtype, limit):
     """Relative error of the logits against transformers in fp32: three layers of roundings to 8 (11) bits."""
     from transformers import AutoModelForCausalLM
@@ -250,6 +251,22 @@ def test_bad_prompts_get_errors_and_the_others_answers(folder):
 def test_options_that_cannot_be_are_refused(folder, options, words):
     with pytest.raises(MinisglError, match=words):
         LLM(folder("qwen3"), **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("prompt", [[1.5], [None], ["a"], [[1], [2, 3]], [True]])
+def test_prompts_of_wrong_types_are_error_results(folder, prompt):
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        [wrong, right] = llm.generate([prompt, [1, 2]], GREEDY)
+    assert wrong.finish_reason == "error" and "must be a string or a list" in str(wrong.error)
+    assert right.finish_reason == "length"
+
+
+def test_arguments_of_wrong_types_are_refused(folder):
+    with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
+        with pytest.raises(MinisglError, match="prompts must be"):
+            llm.generate(5)
+        with pytest.raises(MinisglError, match="params must be SamplingParams"):
+            llm.generate([[1]], {"max_tokens": 3})
 
 
 def test_a_closed_engine_says_so(folder):

@@ -63,7 +63,14 @@ class ModelConfig:
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
         """Read `folder`/config.json. MinisglError when it is missing, broken, or asks for something unsupported."""
-        return cls.from_dict(read_json(folder / "config.json"))
+        path = folder / "config.json"
+        raw = read_json(path)
+        try:
+            return cls.from_dict(raw)
+        except MinisglError:
+            raise
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise MinisglError(f"{path} has a value of a wrong type ({error}); download the model again") from error
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
