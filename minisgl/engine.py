@@ -198,8 +198,8 @@ class Engine:
         capacity = num_pages * config.page_size
         if capacity < 2 * config.page_size:
             raise MinisglError(
-                f"{self.device} has no room for KV beside the model: {num_pages} pages, and 2 are needed. Use a smaller "
-                "model or a larger device, raise --num-pages or --memory-fraction, or lower --max-step-tokens "
+                f"{self.device} has no room for KV beside the model: {num_pages} pages, and 2 are needed. Use a "
+                "smaller model or a larger device, raise --num-pages or --memory-fraction, or lower --max-step-tokens "
                 "and --max-running"
             )
         if config.max_len > capacity:
