@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # minisgl with FakeLLM for its engine; a step takes 20 ms and the exit 200, so that there is time to interrupt them.
+# Where the tests run in the background of a script, SIGINT is ignored, and children inherit that: it is switched on.
 PROGRAM = """
-    import atexit, sys, time, types
+    import atexit, signal, sys, time, types
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from tests.batch_run.fake_llm import FakeLLM
 
     class SlowLLM(FakeLLM):
