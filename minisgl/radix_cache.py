@@ -20,7 +20,7 @@ Tokens = npt.NDArray[np.int32]
 
 
 def common_prefix_length(a: Tokens, b: Tokens) -> int:
-    """Length of the common prefix of two token arrays, on the host: about 5 us for 32k tokens, less than one launch."""
+    """Length of the common prefix of two token arrays, on the host: 6 us for 32k tokens, less than one launch."""
     size = min(len(a), len(b))
     differs = a[:size] != b[:size]
     first = int(differs.argmax()) if size else 0
