@@ -11,8 +11,9 @@ from minisgl.kernels.common_prefix import common_prefix_lengths
 from minisgl.radix_cache import common_prefix_length
 from minisgl.request import Request
 
-# Fewer compared tokens than this stay on the host. An estimate, to be replaced by a measured crossover: the host compares
-# 32k tokens in 6 us, so 1 Mi take about 190 us, which is what an upload of 8 MB over PCIe and a launch should take.
+# Fewer compared tokens than this stay on the host. An estimate, to be replaced by a measured crossover: the host
+# compares 32k tokens in 6 us, so 1 Mi take about 190 us, which is what an upload of 8 MB over PCIe and a launch should
+# take.
 KERNEL_MIN_TOKENS = 1 << 20
 
 
