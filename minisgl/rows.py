@@ -51,7 +51,7 @@ class RowTable:
         store_from = np.array([chunk.store_from for chunk in chunks], np.int32)
         ends_prompt = np.array([chunk.samples for chunk in chunks], bool)
         cu_seqlens = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
-        updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
+        table_entries, pages = self._table_updates(step)
         each_decode = np.arange(num_decode, dtype=np.int32)
         on_device = self._upload(
             rows=ints([request.row for request in decodes] + [chunk.request.row for chunk in chunks]),
@@ -62,14 +62,13 @@ class RowTable:
             tiles=prefill_tiles(counts, starts + counts, self.query_block).ravel(),
             sample_sequence=np.concatenate([each_decode, num_decode + np.flatnonzero(ends_prompt)]),
             sample_index=np.concatenate([each_decode, num_decode + cu_seqlens[1:][ends_prompt] - 1]),
-            table_entries=updates[:, 0] * self.max_pages + updates[:, 1],
-            pages=updates[:, 2],
+            table_entries=table_entries,
+            pages=pages,
             params=pack_params(step.new_rows),
             chunk_ids=np.concatenate([ints([])] + [c.request.tokens[c.start : c.start + c.count] for c in chunks]),
         )
         rows, sample_sequence = on_device["rows"], on_device["sample_sequence"]
-        if len(updates):
-            self.page_table.view(-1)[on_device["table_entries"]] = on_device["pages"]
+        self._set_pages(on_device)
         if step.new_rows:
             self._set_params(on_device["params"].view(-1, PARAMS_WORDS))
         prepared = prepare_step(
@@ -105,14 +104,11 @@ class RowTable:
         """Bring the page table up to date for a step of decodes only, and put `rows` into `inputs` if they changed."""
         if not step.page_updates and inputs is None:
             return
-        updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
-        on_device = self._upload(
-            rows=ints(rows), table_entries=updates[:, 0] * self.max_pages + updates[:, 1], pages=updates[:, 2]
-        )
+        table_entries, pages = self._table_updates(step)
+        on_device = self._upload(rows=ints(rows), table_entries=table_entries, pages=pages)
         if inputs is not None:
             inputs.copy_(on_device["rows"])
-        if len(updates):
-            self.page_table.view(-1)[on_device["table_entries"]] = on_device["pages"]
+        self._set_pages(on_device)
 
     def decode_batch(self, rows: torch.Tensor, max_len: int) -> Batch:
         """The batch of one token for each of `rows`  # [B] int32 on the device; -1 is padding. Reads nothing of the
@@ -158,6 +154,15 @@ class RowTable:
         host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
         np.concatenate(list(parts.values()), out=host.numpy(), casting="same_kind")
         return dict(zip(parts, host.to(self.device, non_blocking=True).split(sizes), strict=True))
+
+    def _table_updates(self, step: Step) -> tuple[Ints, Ints]:
+        """Flat places in the page table that the step changes, and the pages that go there."""
+        updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
+        return updates[:, 0] * self.max_pages + updates[:, 1], updates[:, 2]
+
+    def _set_pages(self, on_device: dict[str, torch.Tensor]) -> None:
+        if len(on_device["pages"]):
+            self.page_table.view(-1)[on_device["table_entries"]] = on_device["pages"]
 
     def _set_params(self, params: torch.Tensor) -> None:
         """Fill in new rows from params  # [n, PARAMS_WORDS] int32, as `pack_params` lays them out."""
