@@ -10,10 +10,10 @@ import os
 import pytest
 import torch
 
+torch.set_num_threads(1)  # workers of pytest-xdist share the cores
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)  # workers of pytest-xdist share the cores
 
 from minisgl.kernels import launch  # noqa: E402
 
