@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from minisgl.bench.harness import Case
-from minisgl.kernels.rotary import rotary_store, rotary_store_reference
+from minisgl.kernels.rotary import Rotary, rotary_store, rotary_store_reference
 
 HEAD_DIM, KV_HEADS, PAGE_SIZE, MAX_LEN = 128, 8, 64, 40_960
 
@@ -25,19 +25,16 @@ def _case(tokens: int, heads: int, device: torch.device) -> Case:
         random(tokens, (heads + 2 * KV_HEADS) * HEAD_DIM),
         torch.arange(tokens, dtype=torch.int32, device=device),
         torch.randperm(pages * PAGE_SIZE, device=device)[:tokens].int(),
-        torch.rand(MAX_LEN, HEAD_DIM, device=device),
         random(pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
         random(pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
+        Rotary(torch.rand(MAX_LEN, HEAD_DIM, device=device), random(HEAD_DIM), random(HEAD_DIM), 1e-6),
     )
-    q_norm, k_norm = random(HEAD_DIM), random(HEAD_DIM)
 
     def run() -> None:
-        rotary_store(*arguments, num_heads=heads, num_kv_heads=KV_HEADS, q_norm=q_norm, k_norm=k_norm, eps=1e-6)
+        rotary_store(*arguments)
 
     def baseline() -> None:
-        rotary_store_reference(
-            *arguments, num_heads=heads, num_kv_heads=KV_HEADS, q_norm=q_norm, k_norm=k_norm, eps=1e-6
-        )
+        rotary_store_reference(*arguments)
 
     return Case(
         op="rotary",

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import architecture, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
@@ -28,6 +29,7 @@ from minisgl.kernels.paged import (
     load_page_ids,
     online_softmax,
 )
+from minisgl.kernels.rotary import Rotary, check_rotary, load_rotated, rotary_store_reference, store_kv
 
 # Keys of a split: short contexts need more programs than one a KV head to fill a GPU (1 x 1024 on an H200: 8.3 us with
 # splits of 256, 17.6 with 1024); long ones pay for every extra split (1 x 32768: 2.2 against 3.4 TB/s).
@@ -137,6 +139,10 @@ def _attention_decode_kernel(
     q_stride,
     page_table_stride,
     max_splits,
+    cos_sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -145,10 +151,15 @@ def _attention_decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROTARY: tl.constexpr,  # q is raw, with this token's raw key and value after it: norm, rotate and store them first
+    HAS_Q_NORM: tl.constexpr,
+    HAS_K_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(0) // KV_HEADS
     sequence = tl.program_id(1).to(tl.int64)
+    wait_for_previous_kernel(PDL)
     kv_len = tl.load(kv_lens_ptr + sequence)
     first_key, keys_begin, split_size, num_splits = _splits(kv_len, WINDOW, BLOCK_N)
     if split >= tl.maximum(num_splits, 1):  # the first split of an empty (padded) row writes zeros
@@ -161,9 +172,24 @@ def _attention_decode_kernel(
     group = tl.arange(0, BLOCK_G)
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + group
-    mask = (group < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
-    q = tl.load(q_ptr + sequence * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    in_group = group < GROUP
+    mask = in_group[:, None] & (dims < HEAD_DIM)[None, :]
+    q_ptr += sequence * q_stride
     table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
+    if ROTARY:
+        last = tl.maximum(kv_len - 1, 0)  # where the token stands
+        angles = cos_sin_ptr + last.to(tl.int64) * HEAD_DIM
+        q = load_rotated(q_ptr + heads * HEAD_DIM, in_group, angles, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
+        q = q.to(q_ptr.dtype.element_ty)
+        if split == num_splits - 1:  # the one program of this KV head that attends to the new key
+            slot = tl.load(table_row + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
+            store_kv(
+                q_ptr + (HEADS + kv_head) * HEAD_DIM + group * 0, group == 0, slot * KV_HEADS + kv_head + group * 0,
+                angles, k_ptr, v_ptr, k_norm_ptr, eps, KV_HEADS, HEAD_DIM, BLOCK_D, HAS_K_NORM,
+            )  # fmt: skip
+            tl.debug_barrier()  # before other threads read it back
+    else:
+        q = tl.load(q_ptr + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
     k_ptr += kv_head * HEAD_DIM
     v_ptr += kv_head * HEAD_DIM
 
@@ -205,9 +231,11 @@ def _combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
+    wait_for_previous_kernel(PDL)
     _, _, _, num_splits = _splits(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
     if num_splits <= 1:  # written by the first launch
         return
@@ -253,20 +281,85 @@ def attention_decode(
     host; it bounds the grid. window: keys a token sees, itself included; 0 is all. out  # [B, H, D] contiguous.
     Raises ValueError for a wrong shape, stride, dtype or device.
     """
-    check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
-    batch, heads, head_dim = q.shape
-    if rows.shape[0] != batch:
-        raise ValueError(f"rows: expected [{batch}], got {list(rows.shape)}")
-    if max_kv_len < 0:
-        raise ValueError(f"max_kv_len: expected 0 or more, got {max_kv_len}")
-    if batch == 0:
-        return
+    _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
     if not use_triton(q):
         out.copy_(
             attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window)
         )
-        return
+    else:
+        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, None)
 
+
+def attention_decode_rotary(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    rotary: Rotary,
+    *,
+    scale: float,
+    window: int = 0,
+    out: torch.Tensor,
+) -> None:
+    """`rotary_store` of each sequence's new token, then `attention_decode`, in one launch and with the same result.
+
+    qkv  # [B, (H + 2K) * D], of the tokens at places kv_lens - 1; only q is looked at for a sequence of 0 keys. The
+    rest as in `attention_decode` and `rotary_store`; `qkv` stays as it is.
+    """
+    heads = check_rotary(qkv, k_cache, v_cache, rotary)
+    head_dim = k_cache.shape[3]
+    q = qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
+    _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
+    if use_triton(qkv):
+        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary)
+        return
+    positions = (kv_lens - 1).clamp_min(0)
+    page_size = k_cache.shape[1]
+    pages = page_table[rows.clamp_min(0), positions // page_size]
+    slots = torch.where(kv_lens > 0, pages * page_size + positions % page_size, -1)
+    q = rotary_store_reference(qkv.clone(), positions, slots, k_cache, v_cache, rotary)
+    out.copy_(attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window))
+
+
+def _check(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    scale: float,
+    window: int,
+    out: torch.Tensor,
+) -> None:
+    check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
+    if rows.shape[0] != q.shape[0]:
+        raise ValueError(f"rows: expected [{q.shape[0]}], got {list(rows.shape)}")
+    if max_kv_len < 0:
+        raise ValueError(f"max_kv_len: expected 0 or more, got {max_kv_len}")
+
+
+def _launch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    rows: torch.Tensor,
+    kv_lens: torch.Tensor,
+    max_kv_len: int,
+    scale: float,
+    window: int,
+    out: torch.Tensor,
+    rotary: Rotary | None,
+) -> None:
+    """Launch both kernels; the arguments are checked."""
+    batch, heads, head_dim = q.shape
+    if batch == 0:
+        return
     _, page_size, kv_heads, _ = k_cache.shape
     tile = _tile(head_dim, q.device, q.dtype)
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -287,6 +380,7 @@ def attention_decode(
         q.stride(0),
         page_table.stride(0),
         max_splits,
+        *(rotary or (None, None, None, 0.0)),
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -295,8 +389,12 @@ def attention_decode(
         BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
+        ROTARY=rotary is not None,
+        HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
+        HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **dependent_launch(q.device),
     )
     if max_splits == 1:
         return
@@ -313,4 +411,5 @@ def attention_decode(
         BLOCK_S=COMBINE_BLOCK,
         BLOCK_D=block_d,
         num_warps=COMBINE_WARPS,
+        **dependent_launch(q.device),
     )

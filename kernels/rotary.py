@@ -13,61 +13,119 @@ rounded to the dtype before its weight multiplies it (as in rms_norm), the rotat
 Sources: Su et al., "RoFormer", 2021 (the half-split order is that of GPT-NeoX); qk-norm as in Qwen3.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, use_triton
+
+
+class Rotary(NamedTuple):
+    """What a layer does to q and k."""
+
+    # [max_len, D] fp32: cosines of a place's D/2 angles, then sines; attention scaling is already in them
+    cos_sin: torch.Tensor
+    q_norm: torch.Tensor | None = None  # [D], weights of the RMS norm of each head
+    k_norm: torch.Tensor | None = None  # [D]
+    eps: float = 0.0  # of both norms
 
 
 def rotary_store_reference(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     slots: torch.Tensor,
-    cos_sin: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    rotary: Rotary,
 ) -> torch.Tensor:
     """The same in torch. Updates the q columns of `qkv` and the caches in place; returns q  # [T, H, D], a view."""
-    head_dim = cos_sin.shape[1]
+    num_kv_heads, head_dim = k_cache.shape[2:]
     heads: torch.Tensor = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2K, D]
-    q, k, v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
-    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2] each
+    q, k, v = heads[:, : -2 * num_kv_heads], heads[:, -2 * num_kv_heads : -num_kv_heads], heads[:, -num_kv_heads:]
+    cos, sin = rotary.cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2] each
 
     def rotate(x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if norm is not None:
-            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+            normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + rotary.eps)
             wide = norm.to(wide.dtype) * normed.to(x.dtype).to(wide.dtype)
         first, second = wide.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
-    q.copy_(rotate(q, q_norm))
+    q.copy_(rotate(q, rotary.q_norm))
     stored = slots >= 0
     into = slots[stored].long()
-    k_cache.view(-1, num_kv_heads, head_dim)[into] = rotate(k, k_norm)[stored]
+    k_cache.view(-1, num_kv_heads, head_dim)[into] = rotate(k, rotary.k_norm)[stored]
     v_cache.view(-1, num_kv_heads, head_dim)[into] = v[stored]
     return q
 
 
 @triton.jit
-def _normed(first, second, norm_ptr, cols, mask, eps, HEAD_DIM: tl.constexpr):
-    """RMS norm of heads given as halves [BLOCK_HEADS, BLOCK_HALF] in their own dtype; returns fp32 halves."""
-    dtype = first.dtype
-    first = first.to(tl.float32)
-    second = second.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / HEAD_DIM + eps)[:, None]
-    first_weight = tl.load(norm_ptr + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
-    second_weight = tl.load(norm_ptr + HEAD_DIM // 2 + cols, mask=mask, other=0.0).to(tl.float32)[None, :]
-    first = first_weight * (first * scale).to(dtype).to(tl.float32)
-    second = second_weight * (second * scale).to(dtype).to(tl.float32)
-    return first, second
+def load_rotated(
+    heads_ptr,
+    head_mask,
+    table_row,
+    norm_ptr,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Load, norm and rotate heads that start at heads_ptr  # [BLOCK_HEADS]; returns fp32  # [BLOCK_HEADS, BLOCK_D].
+
+    table_row: the position's cosines, then sines. Each value is loaded twice, the second time as its partner in the
+    other half, so that no value needs to cross from one thread to another."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, BLOCK_D)
+    in_first_half = dims < HALF
+    partners = tl.where(in_first_half, dims + HALF, dims - HALF)
+    angles = tl.where(in_first_half, dims, dims - HALF)
+    if HALF % 8 == 0:  # 16-byte loads, which the compiler cannot see through `where`
+        partners = tl.max_contiguous(tl.multiple_of(partners, 8), 8)
+        angles = tl.max_contiguous(tl.multiple_of(angles, 8), 8)
+    in_head = dims < HEAD_DIM
+    mask = head_mask[:, None] & in_head[None, :]
+    narrow = tl.load(heads_ptr[:, None] + dims[None, :], mask=mask, other=0.0)
+    value = narrow.to(tl.float32)
+    partner = tl.load(heads_ptr[:, None] + partners[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + eps)[:, None]
+        weight = tl.load(norm_ptr + dims, mask=in_head, other=0.0).to(tl.float32)[None, :]
+        partner_weight = tl.load(norm_ptr + partners, mask=in_head, other=0.0).to(tl.float32)[None, :]
+        value = weight * (value * scale).to(narrow.dtype).to(tl.float32)
+        partner = partner_weight * (partner * scale).to(narrow.dtype).to(tl.float32)
+    cos = tl.load(table_row + angles, mask=in_head, other=0.0)[None, :]
+    sin = tl.load(table_row + HALF + angles, mask=in_head, other=0.0)[None, :]
+    return value * cos + tl.where(in_first_half[None, :], -partner, partner) * sin
+
+
+@triton.jit
+def store_kv(
+    k_ptr,
+    head_mask,
+    head_slots,
+    table_row,
+    k_cache_ptr,
+    v_cache_ptr,
+    k_norm_ptr,
+    eps,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """Store a token's keys, which start at k_ptr  # [BLOCK_HEADS] and are normed and rotated first, and its values,
+    NUM_KV_HEADS heads after them, at head_slots  # [BLOCK_HEADS]: slot * NUM_KV_HEADS + head."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = head_mask[:, None] & (dims < HEAD_DIM)[None, :]
+    k = load_rotated(k_ptr, head_mask, table_row, k_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_NORM)
+    v = tl.load(k_ptr[:, None] + NUM_KV_HEADS * HEAD_DIM + dims[None, :], mask=mask)
+    places = head_slots.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(k_cache_ptr + places, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_cache_ptr + places, v, mask=mask)
 
 
 # positions and slots may be slices of any alignment: they must not compile a kernel each.
@@ -76,162 +134,128 @@ def _rotary_store_kernel(
     qkv_ptr,
     positions_ptr,
     slots_ptr,
-    cos_sin_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    cos_sin_ptr,
     q_norm_ptr,
     k_norm_ptr,
-    qkv_stride,
     eps,
+    qkv_stride,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    HALF: tl.constexpr = HEAD_DIM // 2
     Q_PROGRAMS: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    cols = tl.arange(0, BLOCK_HALF)
     heads = tl.arange(0, BLOCK_HEADS)
-    col_mask = cols < HALF
-    table_row = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM + cols
+    dims = tl.arange(0, BLOCK_D)
+    in_head = (dims < HEAD_DIM)[None, :]
+    wait_for_previous_kernel(PDL)
+    table_row = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM
     qkv_row = qkv_ptr + token * qkv_stride
 
     if tl.program_id(1) < Q_PROGRAMS:
         heads += tl.program_id(1) * BLOCK_HEADS
-        mask = (heads < NUM_HEADS)[:, None] & col_mask[None, :]
-        q_tile = qkv_row + heads[:, None] * HEAD_DIM + cols[None, :]
-        cos = tl.load(table_row, mask=col_mask, other=0.0)[None, :]
-        sin = tl.load(table_row + HALF, mask=col_mask, other=0.0)[None, :]
-        first = tl.load(q_tile, mask=mask, other=0.0)
-        second = tl.load(q_tile + HALF, mask=mask, other=0.0)
-        if HAS_Q_NORM:
-            first, second = _normed(first, second, q_norm_ptr, cols, col_mask, eps, HEAD_DIM)
-        first = first.to(tl.float32)
-        second = second.to(tl.float32)
-        tl.store(q_tile, (first * cos - second * sin).to(qkv_ptr.dtype.element_ty), mask=mask)
-        tl.store(q_tile + HALF, (second * cos + first * sin).to(qkv_ptr.dtype.element_ty), mask=mask)
+        is_head = heads < NUM_HEADS
+        q_ptr = qkv_row + heads * HEAD_DIM
+        q = load_rotated(q_ptr, is_head, table_row, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
+        tl.debug_barrier()  # q is rotated in place: all threads have their partners before one writes
+        tl.store(q_ptr[:, None] + dims[None, :], q.to(qkv_ptr.dtype.element_ty), mask=is_head[:, None] & in_head)
     else:
         slot = tl.load(slots_ptr + token).to(tl.int64)
         if slot >= 0:
             heads += (tl.program_id(1) - Q_PROGRAMS) * BLOCK_HEADS
-            mask = (heads < NUM_KV_HEADS)[:, None] & col_mask[None, :]
-            head_tile = heads[:, None] * HEAD_DIM + cols[None, :]
-            k_tile = qkv_row + NUM_HEADS * HEAD_DIM + head_tile
-            v_tile = k_tile + NUM_KV_HEADS * HEAD_DIM
-            stored = slot * (NUM_KV_HEADS * HEAD_DIM) + head_tile
-            cos = tl.load(table_row, mask=col_mask, other=0.0)[None, :]
-            sin = tl.load(table_row + HALF, mask=col_mask, other=0.0)[None, :]
-            first = tl.load(k_tile, mask=mask, other=0.0)
-            second = tl.load(k_tile + HALF, mask=mask, other=0.0)
-            v_first = tl.load(v_tile, mask=mask)
-            v_second = tl.load(v_tile + HALF, mask=mask)
-            if HAS_K_NORM:
-                first, second = _normed(first, second, k_norm_ptr, cols, col_mask, eps, HEAD_DIM)
-            first = first.to(tl.float32)
-            second = second.to(tl.float32)
-            tl.store(k_cache_ptr + stored, (first * cos - second * sin).to(k_cache_ptr.dtype.element_ty), mask=mask)
-            tl.store(
-                k_cache_ptr + stored + HALF, (second * cos + first * sin).to(k_cache_ptr.dtype.element_ty), mask=mask
-            )
-            tl.store(v_cache_ptr + stored, v_first, mask=mask)
-            tl.store(v_cache_ptr + stored + HALF, v_second, mask=mask)
+            is_head = heads < NUM_KV_HEADS
+            store_kv(
+                qkv_row + (NUM_HEADS + heads) * HEAD_DIM, is_head, slot * NUM_KV_HEADS + heads, table_row,
+                k_cache_ptr, v_cache_ptr, k_norm_ptr, eps, NUM_KV_HEADS, HEAD_DIM, BLOCK_D, HAS_K_NORM,
+            )  # fmt: skip
+
+
+def check_rotary(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rotary: Rotary) -> int:
+    """The number of query heads. Raises ValueError, naming the argument, unless these fit; shapes: `rotary_store`."""
+    cos_sin = rotary.cos_sin
+    check(cos_sin.dim() == 2, f"cos_sin: expected [max_len, D], got {list(cos_sin.shape)}")
+    head_dim = cos_sin.shape[1]
+    check(head_dim % 2 == 0, f"cos_sin: head dim must be even, got {head_dim}")
+    check(cos_sin.is_contiguous(), "cos_sin: must be contiguous")
+    check_same("cos_sin", cos_sin, device=qkv.device, dtype=torch.float32)
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check(
+            cache.dim() == 4 and cache.shape[3] == head_dim,
+            f"{name}: expected [P, page_size, K, {head_dim}], got {list(cache.shape)}",
+        )
+        check(cache.is_contiguous(), f"{name}: must be contiguous")
+        check_same(name, cache, device=qkv.device, dtype=qkv.dtype)
+    check(v_cache.shape == k_cache.shape, f"v_cache: expected {list(k_cache.shape)}, got {list(v_cache.shape)}")
+    for name, norm in (("q_norm", rotary.q_norm), ("k_norm", rotary.k_norm)):
+        if norm is not None:
+            check(norm.shape == (head_dim,), f"{name}: expected [{head_dim}], got {list(norm.shape)}")
+            check(norm.is_contiguous(), f"{name}: must be contiguous")
+            check_same(name, norm, device=qkv.device, dtype=qkv.dtype)
+    kv_columns = 2 * k_cache.shape[2] * head_dim
+    check(
+        qkv.dim() == 2 and qkv.shape[1] > kv_columns and qkv.shape[1] % head_dim == 0,
+        f"qkv: expected [T, (H + 2K) * D] with K, D = {k_cache.shape[2]}, {head_dim}, got {list(qkv.shape)}",
+    )
+    check(qkv.stride(-1) == 1, "qkv: last dimension must be contiguous")
+    return (qkv.shape[1] - kv_columns) // head_dim
 
 
 def rotary_store(
     qkv: torch.Tensor,
     positions: torch.Tensor,
     slots: torch.Tensor,
-    cos_sin: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 0.0,
+    rotary: Rotary,
 ) -> torch.Tensor:
     """Norm (optional), rotate q in place, and store rotated k and raw v in the KV cache.
 
     qkv        # [T, (H + 2K) * D] fused projection output; rows may be strided
     positions  # [T] int32, place of each token in its text; must be below max_len (not checked: it would synchronise)
     slots      # [T] int32, page * page_size + place in the page; -1: the KV is already stored, nothing is written
-    cos_sin    # [max_len, D] fp32: cosines of the D/2 angles, then sines; attention scaling is already in them
     k_cache, v_cache  # [P, page_size, K, D], contiguous, of qkv's dtype
-    q_norm, k_norm    # [D], per-head RMS norm weights with `eps`
 
     Returns q  # [T, H, D], a view of qkv. Raises ValueError for a wrong shape, stride, dtype or device.
     """
-    check(qkv.dim() == 2, f"qkv: expected [T, (H + 2K) * D], got {list(qkv.shape)}")
-    check(qkv.stride(-1) == 1, "qkv: last dimension must be contiguous")
-    check(cos_sin.dim() == 2, f"cos_sin: expected [max_len, D], got {list(cos_sin.shape)}")
-    tokens, (_, head_dim) = qkv.shape[0], cos_sin.shape
-    check(head_dim % 2 == 0, f"cos_sin: head dim must be even, got {head_dim}")
-    check(cos_sin.is_contiguous(), "cos_sin: must be contiguous")
-    check_same("cos_sin", cos_sin, device=qkv.device, dtype=torch.float32)
-    columns = (num_heads + 2 * num_kv_heads) * head_dim
-    check(qkv.shape[1] == columns, f"qkv: expected {columns} columns, got {qkv.shape[1]}")
+    num_heads = check_rotary(qkv, k_cache, v_cache, rotary)
+    tokens, (num_kv_heads, head_dim) = len(qkv), k_cache.shape[2:]
     for name, index in (("positions", positions), ("slots", slots)):
         check(index.shape == (tokens,), f"{name}: expected [{tokens}], got {list(index.shape)}")
         check(index.is_contiguous(), f"{name}: must be contiguous")
         check_same(name, index, device=qkv.device, dtype=torch.int32)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check(
-            cache.dim() == 4 and cache.shape[2:] == (num_kv_heads, head_dim),
-            f"{name}: expected [P, page_size, {num_kv_heads}, {head_dim}], got {list(cache.shape)}",
-        )
-        check(cache.is_contiguous(), f"{name}: must be contiguous")
-        check_same(name, cache, device=qkv.device, dtype=qkv.dtype)
-    check(v_cache.shape == k_cache.shape, f"v_cache: expected {list(k_cache.shape)}, got {list(v_cache.shape)}")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            check(norm.shape == (head_dim,), f"{name}: expected [{head_dim}], got {list(norm.shape)}")
-            check(norm.is_contiguous(), f"{name}: must be contiguous")
-            check_same(name, norm, device=qkv.device, dtype=qkv.dtype)
     if not use_triton(qkv):
-        return rotary_store_reference(
-            qkv,
-            positions,
-            slots,
-            cos_sin,
-            k_cache,
-            v_cache,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            q_norm=q_norm,
-            k_norm=k_norm,
-            eps=eps,
-        )
+        return rotary_store_reference(qkv, positions, slots, k_cache, v_cache, rotary)
 
     q: torch.Tensor = qkv[:, : num_heads * head_dim].unflatten(-1, (num_heads, head_dim))
     if tokens == 0:
         return q
-    block_half = triton.next_power_of_2(head_dim // 2)
-    # 512 pairs a program: 8 a thread at 2 warps, one 16-byte load of bf16 from each half.
-    block_heads = max(512 // block_half, 1)
+    block_d = triton.next_power_of_2(head_dim)
+    # 1024 values a program: 16 a thread at 2 warps, two 16-byte loads of bf16.
+    block_heads = max(1024 // block_d, 1)
     programs = triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads)
     _rotary_store_kernel[(tokens, programs)](
         qkv,
         positions,
         slots,
-        cos_sin,
         k_cache,
         v_cache,
-        q_norm,
-        k_norm,
+        *rotary,
         qkv.stride(0),  # fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide
-        eps,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
-        BLOCK_HALF=block_half,
+        BLOCK_D=block_d,
         BLOCK_HEADS=block_heads,
-        HAS_Q_NORM=q_norm is not None,
-        HAS_K_NORM=k_norm is not None,
+        HAS_Q_NORM=rotary.q_norm is not None,
+        HAS_K_NORM=rotary.k_norm is not None,
         num_warps=2,
+        **dependent_launch(qkv.device),
     )
     return q

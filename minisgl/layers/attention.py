@@ -8,7 +8,7 @@ import torch
 from minisgl.batch import Batch
 from minisgl.kernels.attention_decode import attention_decode
 from minisgl.kernels.attention_prefill import attention_prefill
-from minisgl.kernels.rotary import rotary_store
+from minisgl.kernels.rotary import Rotary, rotary_store
 from minisgl.layers import Empty
 from minisgl.layers.linear import Linear
 from minisgl.models.config import ModelConfig
@@ -39,19 +39,8 @@ class Attention:
     ) -> torch.Tensor:
         """x  # [T, hidden] -> [T, hidden]. Stores the keys and values of the batch in this layer's
         k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
-        q = rotary_store(  # [T, H, D]
-            self.qkv(x),
-            batch.positions,
-            batch.slots,
-            cos_sin,
-            k_cache,
-            v_cache,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=self.eps,
-        )
+        rotary = Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
+        q = rotary_store(self.qkv(x), batch.positions, batch.slots, k_cache, v_cache, rotary)  # [T, H, D]
         tokens, decoding = q.shape[0], batch.num_decode
         out = q.new_empty(tokens, self.num_heads, self.head_dim)
         if decoding:

@@ -5,9 +5,10 @@ import torch
 
 from minisgl.kernels import attention_decode as module
 from minisgl.kernels import launch
-from minisgl.kernels.attention_decode import attention_decode, attention_decode_reference
+from minisgl.kernels.attention_decode import attention_decode, attention_decode_reference, attention_decode_rotary
 from minisgl.kernels.attention_prefill import attention_prefill_reference
 from minisgl.kernels.paged import shuffled_page_table, store_in_pages
+from minisgl.kernels.rotary import Rotary, rotary_store
 
 
 class Problem(NamedTuple):
@@ -166,6 +167,47 @@ def test_max_splits_bounds_every_length():
                         module.SHORT_SPLIT.value if visible <= module.SHORT_CONTEXT.value else module.LONG_SPLIT.value
                     )
                     assert -(-visible // size) <= bound
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize(
+    "heads, kv_heads, head_dim, page_size", [(4, 2, 64, 16), (3, 1, 80, 64), (16, 8, 128, 64), (7, 1, 256, 128)]
+)
+def test_with_rotary_equals_rotary_store_first(device, dtype, window, with_norm, heads, kv_heads, head_dim, page_size):
+    """Bit for bit: a step of decodes alone may take the one and a mixed step the other."""
+    kv_lens = [1, 300, 64, 257]
+    problem = make_problem(kv_lens, heads, kv_heads, head_dim, page_size, device, dtype)
+    qkv = torch.randn(len(kv_lens), (heads + 2 * kv_heads) * head_dim, device=device, dtype=dtype)
+    norms = [torch.randn(head_dim, device=device, dtype=dtype) if with_norm else None for _ in "qk"]
+    rotary = Rotary(torch.randn(400, head_dim, device=device), *norms, 1e-6)
+    positions = problem.kv_lens - 1
+    pages = problem.page_table[problem.rows.long(), (positions // page_size).long()]
+    slots = pages * page_size + positions % page_size
+    for cache in (problem.k_cache, problem.v_cache):  # the new token's place is empty
+        cache.flatten(0, 1)[slots.long()] = float("nan")
+
+    caches = [problem.k_cache.clone(), problem.v_cache.clone()]
+    q = rotary_store(qkv.clone(), positions, slots, *caches, rotary)
+    expected = problem._replace(q=q, k_cache=caches[0], v_cache=caches[1]).launch(window)
+    out = torch.full_like(expected, float("nan"))
+    before = qkv.clone()
+    arguments = (*problem[1:], max(kv_lens), rotary)
+    attention_decode_rotary(qkv, *arguments, scale=head_dim**-0.5, window=window, out=out)
+
+    assert torch.equal(qkv, before)
+    assert torch.equal(out, expected)
+    for cache, stored in zip((problem.k_cache, problem.v_cache), caches, strict=True):
+        assert torch.equal(cache.nan_to_num(), stored.nan_to_num())
+
+    problem.kv_lens[1] = 0  # padding: nothing is stored for it
+    problem.rows[1] = -1
+    for cache in (problem.k_cache, problem.v_cache):
+        cache.flatten(0, 1)[slots.long()] = float("nan")
+    attention_decode_rotary(qkv, *arguments, scale=head_dim**-0.5, window=window, out=out)
+    assert torch.equal(out[1], torch.zeros_like(out[1]))
+    assert torch.equal(out[2:], expected[2:])
+    assert problem.k_cache.flatten(0, 1)[int(slots[1])].isnan().all()
 
 
 def test_no_sequences(device, dtype):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minisgl.kernels.rotary import rotary_store, rotary_store_reference
+from minisgl.kernels.rotary import Rotary, rotary_store, rotary_store_reference
 
 PAGE_SIZE = 8
 EPS = 1e-6
@@ -24,16 +24,14 @@ def make(tokens, heads, kv_heads, head_dim, device, dtype, norm=False, pad=0):
     slots[::5] = -1
     caches = [torch.full((pages, PAGE_SIZE, kv_heads, head_dim), torch.nan, device=device, dtype=dtype) for _ in "kv"]
     positions = torch.randint(0, 500, (tokens,), device=device, dtype=torch.int32)
-    norms = {f"{name}_norm": torch.randn(head_dim, device=device, dtype=dtype) for name in "qk"} if norm else {}
-    options = {"num_heads": heads, "num_kv_heads": kv_heads, "eps": EPS, **norms}
-    return (qkv, positions, slots, angles(500, head_dim, device), *caches), options
+    norms = [torch.randn(head_dim, device=device, dtype=dtype) if norm else None for _ in "qk"]
+    return qkv, positions, slots, *caches, Rotary(angles(500, head_dim, device), *norms, EPS)
 
 
-def in_float64(args, options):
-    qkv, positions, slots, cos_sin, k_cache, v_cache = args
-    args = (qkv.double(), positions, slots, cos_sin.double(), k_cache.double(), v_cache.double())
-    options = {key: value.double() if isinstance(value, torch.Tensor) else value for key, value in options.items()}
-    return args, options
+def in_float64(args):
+    qkv, positions, slots, k_cache, v_cache, rotary = args
+    rotary = Rotary(*(x.double() if isinstance(x, torch.Tensor) else x for x in rotary))
+    return qkv.double(), positions, slots, k_cache.double(), v_cache.double(), rotary
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "qk_norm"])
@@ -42,18 +40,18 @@ def in_float64(args, options):
     [(1, 1, 1, 64), (7, 14, 2, 64), (5, 3, 3, 80), (3, 4, 1, 96), (9, 16, 8, 128), (2, 4, 2, 256), (3, 5, 5, 6)],
 )
 def test_matches_float64(device, dtype, assert_close, tokens, heads, kv_heads, head_dim, norm):
-    args, options = make(tokens, heads, kv_heads, head_dim, device, dtype, norm)
-    qkv, _, slots, _, k_cache, v_cache = args
-    args64, options64 = in_float64(args, options)
+    args = make(tokens, heads, kv_heads, head_dim, device, dtype, norm)
+    qkv, _, slots, k_cache, v_cache, _ = args
+    args64 = in_float64(args)
     before = qkv.clone()
 
-    q = rotary_store(*args, **options)
-    q64 = rotary_store_reference(*args64, **options64)
+    q = rotary_store(*args)
+    q64 = rotary_store_reference(*args64)
 
     assert q.data_ptr() == qkv.data_ptr() and q.shape == (tokens, heads, head_dim)
     assert_close(q, q64)
     assert torch.equal(qkv[:, heads * head_dim :], before[:, heads * head_dim :])  # k and v stay
-    for cache, cache64 in ((k_cache, args64[4]), (v_cache, args64[5])):
+    for cache, cache64 in ((k_cache, args64[3]), (v_cache, args64[4])):
         written = torch.zeros(cache.shape[0] * PAGE_SIZE, dtype=torch.bool, device=device)
         written[slots[slots >= 0].long()] = True
         flat, flat64 = cache.flatten(0, 1), cache64.flatten(0, 1)
@@ -65,45 +63,45 @@ def test_matches_float64(device, dtype, assert_close, tokens, heads, kv_heads, h
 def test_matches_transformers(device):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    args, options = make(6, 4, 2, 64, device, torch.float32)
-    qkv, positions, slots, cos_sin, k_cache, _ = args
+    args = make(6, 4, 2, 64, device, torch.float32)
+    qkv, positions, slots, k_cache, _, rotary = args
     slots.copy_(torch.arange(6))
     q, k, _ = qkv.clone().view(6, 8, 64).split([4, 2, 2], dim=1)
-    cos, sin = cos_sin[positions.long()].chunk(2, dim=-1)
+    cos, sin = rotary.cos_sin[positions.long()].chunk(2, dim=-1)
     q, k = apply_rotary_pos_emb(q[None], k[None], cos.repeat(1, 2)[None], sin.repeat(1, 2)[None], unsqueeze_dim=2)
 
-    out = rotary_store(*args, **options)
+    out = rotary_store(*args)
 
     torch.testing.assert_close(out, q[0])
     torch.testing.assert_close(k_cache.flatten(0, 1)[:6], k[0])
 
 
 def test_norm_of_q_alone(device, dtype, assert_close):
-    args, options = make(4, 2, 2, 32, device, dtype, norm=True)
-    options["k_norm"] = None
-    args64, options64 = in_float64(args, options)
-    assert_close(rotary_store(*args, **options), rotary_store_reference(*args64, **options64))
+    args = make(4, 2, 2, 32, device, dtype, norm=True)
+    args = (*args[:5], args[5]._replace(k_norm=None))
+    args64 = in_float64(args)
+    assert_close(rotary_store(*args), rotary_store_reference(*args64))
     stored = args[2][args[2] >= 0].long()
-    assert_close(args[4].flatten(0, 1)[stored], args64[4].flatten(0, 1)[stored])
+    assert_close(args[3].flatten(0, 1)[stored], args64[3].flatten(0, 1)[stored])
 
 
 def test_rows_may_be_strided(device, dtype):
-    args, options = make(5, 4, 2, 64, device, dtype, pad=24)
-    qkv, k_cache = args[0], args[4]
+    args = make(5, 4, 2, 64, device, dtype, pad=24)
+    qkv, k_cache = args[0], args[3]
     dense, other_cache = qkv.contiguous(), k_cache.clone()
-    q = rotary_store(*args, **options)
-    assert torch.equal(q, rotary_store(dense, *args[1:4], other_cache, args[5], **options))
+    q = rotary_store(*args)
+    assert torch.equal(q, rotary_store(dense, *args[1:3], other_cache, *args[4:]))
     assert torch.equal(k_cache.nan_to_num(), other_cache.nan_to_num())
 
 
 def test_a_token_does_not_depend_on_its_neighbours(device, dtype):
-    args, options = make(17, 4, 2, 64, device, dtype, norm=True)
-    qkv, positions, slots, cos_sin, k_cache, v_cache = args
+    args = make(17, 4, 2, 64, device, dtype, norm=True)
+    qkv, positions, slots, k_cache, v_cache, rotary = args
     alone, alone_cache = qkv.clone(), k_cache.clone()
-    together = rotary_store(*args, **options)
+    together = rotary_store(*args)
     for token in range(0, 17, 4):
         one = slice(token, token + 1)
-        q = rotary_store(alone[one], positions[one], slots[one], cos_sin, alone_cache, v_cache, **options)
+        q = rotary_store(alone[one], positions[one], slots[one], alone_cache, v_cache, rotary)
         assert torch.equal(q, together[one])
         if slots[token] >= 0:
             slot = int(slots[token])
@@ -111,8 +109,8 @@ def test_a_token_does_not_depend_on_its_neighbours(device, dtype):
 
 
 def test_no_tokens(device, dtype):
-    args, options = make(0, 2, 1, 32, device, dtype)
-    assert rotary_store(*args, **options).shape == (0, 2, 32)
+    args = make(0, 2, 1, 32, device, dtype)
+    assert rotary_store(*args).shape == (0, 2, 32)
 
 
 @pytest.mark.parametrize(
@@ -122,21 +120,14 @@ def test_no_tokens(device, dtype):
         (0, lambda x: x.t().contiguous().t(), "qkv"),
         (1, lambda x: x.long(), "positions"),
         (2, lambda x: x[:-1], "slots"),
-        (3, lambda x: x.half(), "cos_sin"),
-        (4, lambda x: x.transpose(0, 1), "k_cache"),
-        (5, lambda x: x[:1], "v_cache"),
+        (3, lambda x: x.transpose(0, 1), "k_cache"),
+        (4, lambda x: x[:1], "v_cache"),
+        (5, lambda x: x._replace(cos_sin=x.cos_sin.half()), "cos_sin"),
+        (5, lambda x: x._replace(k_norm=x.k_norm.half()), "k_norm"),
     ],
 )
 def test_refuses_bad_arguments(device, place, change, name):
-    args, options = make(4, 2, 1, 32, device, torch.float32)
-    args = list(args)
+    args = list(make(4, 2, 1, 32, device, torch.float32, norm=True))
     args[place] = change(args[place])
     with pytest.raises(ValueError, match=f"^{name}:"):
-        rotary_store(*args, **options)
-
-
-def test_refuses_a_norm_of_another_dtype(device):
-    args, options = make(4, 2, 1, 32, device, torch.float32, norm=True)
-    options["k_norm"] = options["k_norm"].half()
-    with pytest.raises(ValueError, match="^k_norm:"):
-        rotary_store(*args, **options)
+        rotary_store(*args)

@@ -1,9 +1,10 @@
 import torch
 
 from minisgl.kernels import attention_decode as module
-from minisgl.kernels.attention_decode import attention_decode
+from minisgl.kernels.attention_decode import attention_decode, attention_decode_rotary
 from minisgl.kernels.launch import architecture
 from minisgl.kernels.paged import SHARED_MEMORY
+from minisgl.kernels.rotary import Rotary
 
 
 def launch() -> None:
@@ -27,7 +28,10 @@ def compile_one(
     q = torch.empty(2, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
     cache = torch.empty(1, page_size, kv_heads, head_dim, dtype=dtype)
     index = torch.zeros(2, dtype=torch.int32)
-    attention_decode(
-        q, cache, cache, index[None], index, index, 9000,
-        scale=1.0, window=window, out=torch.empty(q.shape, dtype=dtype),
-    )  # fmt: skip
+    out = torch.empty(q.shape, dtype=dtype)
+    pages = cache, cache, index[None], index, index, 9000
+    attention_decode(q, *pages, scale=1.0, window=window, out=out)
+    norm = torch.empty(head_dim, dtype=dtype)
+    rotary = Rotary(torch.empty(9000, head_dim), norm, norm, 1e-6)
+    qkv = torch.empty(2, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    attention_decode_rotary(qkv, *pages, rotary, scale=1.0, window=window, out=out)

@@ -1,6 +1,6 @@
 import torch
 
-from minisgl.kernels.rotary import rotary_store
+from minisgl.kernels.rotary import Rotary, rotary_store
 
 SHAPES = ((14, 2, 64), (32, 32, 80), (32, 32, 96), (32, 8, 128), (16, 8, 256))  # heads, KV heads, head dim
 
@@ -19,12 +19,7 @@ def compile_for(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) ->
             torch.empty(4, (heads + 2 * kv_heads) * head_dim, dtype=dtype),
             torch.empty(4, dtype=torch.int32),
             torch.empty(4, dtype=torch.int32),
-            torch.empty(8, head_dim),
             cache,
             cache,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            q_norm=norm,
-            k_norm=norm,
-            eps=1e-6,
+            Rotary(torch.empty(8, head_dim), norm, norm, 1e-6),
         )
