@@ -1,72 +1,191 @@
 """`minisgl bench`: flags for the measurements in minisgl.bench, which do the work."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from minisgl.cli.options import OneLineErrors, engine_flag, engine_options
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 EXAMPLES = """\b
 Examples:
   minisgl bench throughput --workload mini
+  minisgl bench latency --batch 8
   minisgl bench kernels rms_norm attention_decode
+  minisgl bench report
 """
 THROUGHPUT_EXAMPLES = """\b
+Workloads:
+  mini           256 requests, 100..1024 tokens in and out, uniform
+  single         1 request, 128 in, 512 out
+  prefill        64 requests, 2048 in, 1 out
+  shared_prefix  8 groups of 64 requests, 2048 tokens shared and 128 own in, 128 out
+  FILE           prompts as `minisgl run` takes them; a row's max_tokens (else 128) is its output
+Tokens are sampled at temperature 0.6 and go on past the end of text, so that every engine does the same work.
+
+\b
+Figures:
+  seconds          from handing over all prompts to the last result
+  output tokens/s  output tokens / seconds
+  input tokens/s   prompt tokens / seconds, cached ones too
+  ready_s          seconds from nothing to ready to answer, before any run
+Each is the median of the repeats, with the smallest and the largest.
+
+\b
 Examples:
   minisgl bench throughput --workload mini
-  minisgl bench throughput --workload shared_prefix -m path/to/model --repeats 5 --json rows.json
+  minisgl bench throughput --workload prompts.jsonl -m path/to/model --baseline transformers
+  minisgl bench throughput --workload shared_prefix --repeats 5 --json rows.jsonl --profile trace
+"""
+LATENCY_EXAMPLES = """\b
+Figures, in ms, p50 p90 p99 over the requests (ITL: the gaps) of all repeats:
+  TTFT  time to first token = when the host has it - hand-over of the batch
+  ITL   inter-token latency = a token's time - that of the one before it
+  E2E   end to end = the last token's time - hand-over
+The spread is that of the repeats' own p50.
+
+\b
+Examples:
+  minisgl bench latency
+  minisgl bench latency --batch 32 --input-len 1024 --output-len 256 --json rows.jsonl
 """
 KERNELS_EXAMPLES = """\b
+Figures:
+  us           median of launches, each after the L2 cache was emptied; the host's share of a launch is in it
+  graph us     median inside a CUDA graph of many launches, as decode runs; what fits stays in the L2 cache
+  GB/s         bytes that the op cannot avoid / us
+  TFLOP/s      floating-point operations that it cannot avoid / us
+  of ceiling   the larger of GB/s / this device's copy rate and TFLOP/s / its bf16 matmul rate, both measured first
+  baselines    the same work by others, and how many times longer than us
+
+\b
 Examples:
   minisgl bench kernels
-  minisgl bench kernels rms_norm attention_decode --json kernels.json
+  minisgl bench kernels rms_norm attention_decode --json rows.jsonl --plot roofline.png
+  minisgl bench kernels attention_prefill --tune tiles.json
+"""
+REPORT_EXAMPLES = """\b
+Examples:
+  minisgl bench report
 """
 
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Also add the figures to this file."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Also append the figures to this file, as JSON lines with device, commit, versions and date.",
 )
+
+
+def run_options(command: Command) -> Command:
+    """The flags of every measurement of a whole engine."""
+    for option in (
+        json_option,
+        click.option(
+            "--baseline",
+            type=click.Choice(("transformers",)),
+            help="Then the same work through transformers' continuous batching, for a ratio.",
+        ),
+        click.option(
+            "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
+        ),
+        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs."),
+        click.option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            default="qwen3-0.6b",
+            show_default=True,
+            help="Model folder, Hugging Face id, or a shape of bench/models with random weights.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.group(epilog=EXAMPLES)
 def bench() -> None:
     """Measure the engine and its kernels on this machine."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `minisgl run` does, and says why
 
 
 @bench.command(cls=OneLineErrors, epilog=THROUGHPUT_EXAMPLES)
 @click.option(
-    "-m",
-    "--model",
-    metavar="MODEL",
-    default="qwen3-0.6b",
-    show_default=True,
-    help="Model folder, Hugging Face id, or a shape of bench/models with dummy weights.",
-)
-@click.option(
     "--workload",
-    type=click.Choice(("mini", "single", "prefill", "shared_prefix")),
     default="mini",
     show_default=True,
-    help="Which requests to run.",
+    metavar="WORKLOAD",
+    help="mini, single, prefill, shared_prefix or a file of JSON lines.",
 )
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs of the workload.")
-@json_option
+@run_options
+@click.option(
+    "--profile",
+    "profile_dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="After the timed runs, trace 20 steps from the middle of one more: DIR/trace.json, DIR/kernels.txt.",
+)
 @engine_options
-def throughput(model: str, workload: str, repeats: int, json_path: Path | None, engine: dict[str, Any]) -> None:
+def throughput(engine: dict[str, Any], **flags: Any) -> None:
     """Run a workload offline and print tokens per second."""
-    from minisgl.bench.throughput import run
+    from minisgl.bench.throughput import run, table
 
-    figures = run(model, workload, repeats=repeats, json_path=json_path, **engine)
-    for name, value in figures.items():
-        click.echo(f"{name:<24} {value}")
+    click.echo(table(run(**flags, **engine)))
+    if folder := flags["profile_dir"]:
+        click.echo(f"\n{(folder / 'kernels.txt').read_text()}\n{folder / 'trace.json'}: the steps, for ui.perfetto.dev")
+
+
+@bench.command(cls=OneLineErrors, epilog=LATENCY_EXAMPLES)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Requests, handed over at once.")
+@click.option("--input-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--output-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each answer.")
+@run_options
+@engine_options
+def latency(engine: dict[str, Any], **flags: Any) -> None:
+    """Run equal requests together and print how long each waits for its tokens."""
+    from minisgl.bench.latency import run, table
+
+    click.echo(table(run(**flags, **engine)))
 
 
 @bench.command(cls=OneLineErrors, epilog=KERNELS_EXAMPLES)
 @click.argument("ops", nargs=-1, metavar="[OP]...")
 @json_option
+@click.option(
+    "--plot",
+    "plot_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw a roofline of what was measured (.png, .svg or .pdf).",
+)
+@click.option(
+    "--tune",
+    "tune_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Instead: time the candidate tiles of each OP here, check them, and put the best into this JSON tile table.",
+)
 @engine_flag("device")
-def kernels(ops: tuple[str, ...], json_path: Path | None, device: str | None) -> None:
+def kernels(ops: tuple[str, ...], device: str | None, tune_path: Path | None, **flags: Any) -> None:
     """Time the kernels named OP, or all of them, beside their floor."""
-    from minisgl.bench.kernels import run
+    if tune_path:
+        from minisgl.bench.tuning import tune
 
-    run(list(ops), device or "auto", json_path)
+        tune(list(ops), device or "auto", tune_path)
+    else:
+        from minisgl.bench.kernels import run
+
+        run(list(ops), device or "auto", **flags)
+
+
+@bench.command(cls=OneLineErrors, epilog=REPORT_EXAMPLES)
+def report() -> None:
+    """Write bench/README.md and its plots from the rows in bench/results (needs a checkout)."""
+    from minisgl.bench.report import write_report
+
+    for path in write_report():
+        click.echo(path)

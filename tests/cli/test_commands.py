@@ -1,11 +1,7 @@
-"""Help, version, info and bench: what the commands say and what they call."""
+"""Help, version and info: what the commands say."""
 
 import json
-import sys
 from dataclasses import fields
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -13,7 +9,8 @@ import minisgl
 from minisgl.config import EngineConfig
 from tests.cli.conftest import Invoke
 
-COMMANDS = [[], ["run"], ["info"], ["bench"], ["bench", "throughput"], ["bench", "kernels"]]
+BENCHES = [["bench", name] for name in ("throughput", "latency", "kernels", "report")]
+COMMANDS = [[], ["run"], ["info"], ["bench"], *BENCHES]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -25,7 +22,7 @@ def test_every_help_has_examples(invoke: Invoke, command: list[str]) -> None:
 
 
 def test_every_engine_setting_is_a_flag(invoke: Invoke) -> None:
-    for command in (["run"], ["bench", "throughput"]):
+    for command in (["run"], ["bench", "throughput"], ["bench", "latency"]):
         help = invoke(*command, "--help").output
         for setting in fields(EngineConfig):
             assert "--" + setting.name.replace("_", "-") in help
@@ -65,29 +62,3 @@ def test_info_on_gpus(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
         "kernels": "Triton on sm_90",
     }
     assert "Triton on sm_90" in invoke("info").stdout
-
-
-def test_bench_throughput(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def run(model: str, workload: str, **options: Any) -> dict[str, Any]:
-        calls.append((model, workload, options))
-        return {"output_tokens_per_s": 12}
-
-    monkeypatch.setitem(sys.modules, "minisgl.bench.throughput", SimpleNamespace(run=run))
-    done = invoke(
-        "bench", "throughput", "--workload", "single", "--repeats", "2", "--json", "x.json", "--dtype", "float32"
-    )
-    assert done.exit_code == 0, done.output
-    assert calls == [("qwen3-0.6b", "single", {"repeats": 2, "json_path": Path("x.json"), "dtype": "float32"})]
-    assert "output_tokens_per_s" in done.stdout
-    invoke("bench", "throughput", "-m", "other")
-    assert calls[1] == ("other", "mini", {"repeats": 3, "json_path": None})
-
-
-def test_bench_kernels(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setitem(sys.modules, "minisgl.bench.kernels", SimpleNamespace(run=lambda *args: calls.append(args)))
-    assert invoke("bench", "kernels", "rms_norm", "--device", "cpu").exit_code == 0
-    assert invoke("bench", "kernels").exit_code == 0
-    assert calls == [(["rms_norm"], "cpu", None), ([], "auto", None)]

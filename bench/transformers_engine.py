@@ -1,0 +1,132 @@
+"""transformers' continuous batching as a baseline that anyone can repeat: the same ids, lengths and sampling.
+
+It runs on a GPU and on a CPU, with flash attention where that is installed and torch's own otherwise. Each run gets a
+new manager, so that no prefix is cached; making and warming it is not timed.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisgl.bench.engines import TEMPERATURE, Outcome
+from minisgl.bench.workloads import Workload
+from minisgl.errors import MinisglError
+from minisgl.models.config import ModelConfig
+from minisgl.resolve import resolve_device, resolve_dtype
+
+log = logging.getLogger("minisgl")
+
+NEEDED = "--baseline transformers needs continuous batching: pip install 'transformers>=5.17' psutil"
+NO_EOS = -1  # a negative id ends nothing
+IDLE_S = 1.0  # how long to wait for a result before looking whether the thread that makes them still lives
+
+
+class TransformersEngine:
+    """A transformers model. Of `options` it takes dtype, device and load_format (dummy: random weights by config).
+
+    Raises MinisglError where transformers is too old or cannot load the model.
+    """
+
+    name = "transformers"
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+            from transformers.generation.continuous_batching.utils import WorkloadHints
+            from transformers.utils.logging import disable_progress_bar
+        except ImportError as error:
+            raise MinisglError(f"{NEEDED} ({error})") from error
+        disable_progress_bar()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        self._hints, self._batching = WorkloadHints, ContinuousBatchingConfig
+        self._sampling = GenerationConfig(
+            do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, eos_token_id=NO_EOS
+        )
+        started = time.perf_counter()
+        self.device = resolve_device(options.get("device", "auto"))
+        self.dtype = resolve_dtype(options.get("dtype", "auto"), ModelConfig.from_folder(folder).dtype, self.device)
+        dtype = getattr(torch, self.dtype)
+        if options.get("load_format") == "dummy":
+            with self.device:
+                config = AutoConfig.from_pretrained(folder)
+                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        else:
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        self.model = self.model.to(self.device).eval()
+        self._switch_to_flash = True
+        self._attention = "sdpa"
+        self.ready_s = time.perf_counter() - started
+
+    @torch.no_grad()
+    def run(self, workload: Workload, with_times: bool = False) -> Outcome:
+        hints = self._hints(
+            max_prompt_length=max(map(len, workload.prompts)),
+            max_generated_length=max(workload.output_lens),
+            num_requests=len(workload.prompts),
+        )
+        on_gpu = self.device.type == "cuda"
+        manager = self._new_manager(hints, None if on_gpu else _blocks(workload))
+        try:
+            if on_gpu:
+                manager.warmup()  # captures graphs; without any, it would only run the largest step there is
+            manager.start()
+            return self._answer(manager, workload, with_times)
+        finally:
+            manager.stop(block=True)
+            manager.destroy()
+
+    def _new_manager(self, hints: Any, num_blocks: int | None) -> Any:
+        """A manager with flash attention, or with torch's where the first cannot be had (its kernel is a download)."""
+        for switch in (self._switch_to_flash, False):
+            config = self._batching(num_blocks=num_blocks, auto_switch_to_flash=switch)
+            try:
+                manager = self.model.init_continuous_batching(self._sampling, config, workload_hints=hints)
+                self._attention = self.model.config._attn_implementation
+                return manager
+            except Exception as error:  # whatever a missing kernel raises: offline, no build for this torch, ...
+                if not switch:
+                    raise MinisglError(f"transformers cannot batch this model: {error}") from error
+                log.warning("no flash attention for transformers (%s): it runs with torch's", error)
+                self._switch_to_flash = False
+        raise AssertionError
+
+    def _answer(self, manager: Any, workload: Workload, with_times: bool) -> Outcome:
+        started = time.perf_counter()
+        for index, (prompt, length) in enumerate(zip(*workload, strict=True)):
+            manager.add_request(
+                prompt, str(index), max_new_tokens=length, record_timestamps=with_times, eos_token_id=NO_EOS
+            )
+        results: dict[int, Any] = {}
+        while len(results) < len(workload.prompts):
+            result = manager.get_result(timeout=IDLE_S)
+            if result is None and not manager.is_running():
+                raise MinisglError("transformers' continuous batching stopped: run with --debug, or a smaller workload")
+            if result is not None and result.error:
+                raise MinisglError(f"transformers could not answer a request: {result.error}")
+            if result is not None and result.is_finished():
+                results[int(result.request_id)] = result
+        seconds = time.perf_counter() - started
+        each = [results[index] for index in range(len(results))]
+        times = [[stamp - started for stamp in result.timestamps] for result in each] if with_times else []
+        return Outcome(seconds, sum(len(result.generated_tokens) for result in each), -1, times)
+
+    def facts(self) -> dict[str, Any]:
+        import transformers
+
+        return {"engine_version": transformers.__version__, "attention": self._attention}
+
+    def __enter__(self) -> "TransformersEngine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        del self.model
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _blocks(workload: Workload, block_size: int = 256) -> int:
+    """KV blocks for all requests at once: on a CPU the default would touch most of the machine's memory."""
+    return sum(-(-(len(prompt) + length) // block_size) + 1 for prompt, length in zip(*workload, strict=True))

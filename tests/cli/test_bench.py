@@ -1,0 +1,118 @@
+"""`minisgl bench`: what its help promises, and what the commands call."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Invoke
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+DEFAULTS = {"model": "qwen3-0.6b", "repeats": 3, "warmups": 1, "json_path": None, "baseline": None}
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> Calls:
+    """Put a module in the place of minisgl.bench.`name` whose functions note their calls."""
+    calls: Calls = []
+
+    def noting(result: Any) -> Any:
+        return lambda *args, **options: calls.append((args, options)) or result
+
+    module = SimpleNamespace(**{name: noting(result) for name, result in functions.items()})
+    monkeypatch.setitem(sys.modules, f"minisgl.bench.{name}", module)
+    return calls
+
+
+def test_throughput(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "throughput", run=["row"], table="12 tokens/s")
+    done = invoke("bench", "throughput")
+    assert done.exit_code == 0, done.output
+    assert calls == [((), {**DEFAULTS, "workload": "mini", "profile_dir": None}), ((["row"],), {})]
+    assert done.stdout == "12 tokens/s\n"
+
+
+def test_throughput_with_flags(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = stand_in(monkeypatch, "throughput", run=["row"], table="12 tokens/s")
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "kernels.txt").write_text("mm 99%")
+    flags = "--workload p.jsonl -m demo --repeats 5 --warmups 0 --json x.jsonl --baseline transformers --profile trace"
+    done = invoke("bench", "throughput", *flags.split(), "--dtype", "float32")
+    assert done.exit_code == 0, done.output
+    assert calls[0][1] == {
+        "workload": "p.jsonl",
+        "model": "demo",
+        "repeats": 5,
+        "warmups": 0,
+        "json_path": Path("x.jsonl"),
+        "baseline": "transformers",
+        "profile_dir": Path("trace"),
+        "dtype": "float32",
+    }
+    assert "mm 99%" in done.stdout and "trace/trace.json" in done.stdout
+
+
+def test_latency(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "latency", run=["row"], table="TTFT 3")
+    assert invoke("bench", "latency").stdout == "TTFT 3\n"
+    assert calls[0] == ((), {**DEFAULTS, "batch": 1, "input_len": 128, "output_len": 128})
+    invoke("bench", "latency", "--batch", "8", "--input-len", "9", "--output-len", "7", "--no-overlap")
+    assert calls[2] == ((), {**DEFAULTS, "batch": 8, "input_len": 9, "output_len": 7, "overlap": False})
+
+
+def test_kernels(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "kernels", run=None)
+    assert invoke("bench", "kernels", "rms_norm", "--device", "cpu", "--plot", "x.png").exit_code == 0
+    assert invoke("bench", "kernels").exit_code == 0
+    assert calls == [
+        ((["rms_norm"], "cpu"), {"json_path": None, "plot_path": Path("x.png")}),
+        (([], "auto"), {"json_path": None, "plot_path": None}),
+    ]
+
+
+def test_tune(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "tuning", tune=None)
+    assert invoke("bench", "kernels", "attention_decode", "--tune", "tiles.json").exit_code == 0
+    assert calls == [((["attention_decode"], "auto", Path("tiles.json")), {})]
+
+
+def test_report(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "report", write_report=[Path("bench/README.md")])
+    assert invoke("bench", "report").stdout == "bench/README.md\n"
+
+
+def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
+    throughput, latency, kernels = (
+        invoke("bench", command, "--help").output for command in ("throughput", "latency", "kernels")
+    )
+    for figure in ("output tokens/s  output tokens / seconds", "seconds          from", "ready_s          seconds"):
+        assert figure in throughput
+    for figure in ("TTFT  time to first", "ITL   inter-token", "E2E   end to end"):
+        assert figure in latency
+    for figure in ("graph us     median", "GB/s         bytes", "of ceiling   the larger"):
+        assert figure in kernels
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["throughput", "--workload", "nonsense"], "workload is 'nonsense'; it must be one of mini"),
+        (["throughput", "-m", "non/sense/"], "folder non/sense/ does not exist"),
+        (["kernels", "--device", "cpu"], "bench kernels needs a GPU"),
+        (["kernels", "--device", "cpu", "--tune", "tiles.json"], "--tune needs a GPU"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(
+    arguments: list[str], reason: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "minisgl.llm")  # the real one
+    done = invoke("bench", *arguments)
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"Error: {reason}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency"])
+@pytest.mark.parametrize("flag", [("--repeats", "0"), ("--warmups", "-1"), ("--baseline", "vllm")], ids=" ".join)
+def test_flags_out_of_range(command: str, flag: tuple[str, str], invoke: Invoke) -> None:
+    assert invoke("bench", command, *flag).exit_code == 2
