@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -59,7 +60,7 @@ def graph_time_us(run: Callable[[], object]) -> float:
 @cache
 def ceilings(device: torch.device) -> Ceilings:
     """Measure the device's ceilings, once a process."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
+    source = torch.randint(0, 256, (2**30,), dtype=torch.uint8, device=device)  # zeros would draw less power
     target = torch.empty_like(source)
     size = 8192
     a, b = torch.randn(2, size, size, dtype=torch.bfloat16, device=device).unbind()
@@ -107,7 +108,7 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     limits = ceilings(device)
     gb_s = case.bytes_moved / us / 1e3
     tflops = case.flops / us / 1e6
-    return {
+    row = {
         "bench": "kernels",
         "op": case.op,
         "shape": case.shape,
@@ -116,10 +117,27 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
         "gb_s": round(gb_s, 1),
         "tflops": round(tflops, 2) if case.flops else None,
         "share": round(max(gb_s / limits.copy_gb_s, tflops / limits.matmul_tflops), 3),
-        "baselines_us": {name: round(time_us(run), 2) for name, run in case.baselines.items()},
+    }
+    eager = {name: _attempt(name, time_us, run) for name, run in case.baselines.items()}
+    works = {name: us for name, us in eager.items() if us is not None}
+    graphs = {name: _attempt(f"{name}, in a graph", graph_time_us, case.baselines[name]) for name in works}
+    return {
+        **row,
+        "baselines_us": works,
+        "baselines_graph_us": {name: us for name, us in graphs.items() if us is not None},
         "ceilings": {"copy_gb_s": round(limits.copy_gb_s, 1), "matmul_tflops": round(limits.matmul_tflops, 1)},
         **environment(device),
     }
+
+
+def _attempt(name: str, timer: Callable[[Callable[[], object]], float], run: Callable[[], object]) -> float | None:
+    """Microseconds of a baseline; None, and a line on stderr, where it does not run: what is installed differs."""
+    try:
+        return round(timer(run), 2)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        print(f"no baseline {name}: {type(error).__name__}: {reason}", file=sys.stderr)
+        return None
 
 
 def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
@@ -132,12 +150,18 @@ def write_rows(path: Path | str, rows: Iterable[dict[str, Any]]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `measure` as text; a baseline is followed by how many times longer it took."""
-    lines = [("op", "shape", "us", "graph us", "GB/s", "TFLOP/s", "of ceiling", "baselines, us")]
+    lines = [("op", "shape", "us", "graph us", "GB/s", "TFLOP/s", "of ceiling", "baselines: us, graph us")]
     for row in rows:
-        baselines = (f"{name} {us:g} ({us / row['us']:.2f}x)" for name, us in row["baselines_us"].items())
         tflops = "-" if row["tflops"] is None else f"{row['tflops']:.1f}"
         figures = (f"{row['us']:.1f}", f"{row['graph_us']:.1f}", f"{row['gb_s']:.0f}", tflops, f"{row['share']:.0%}")
-        lines.append((row["op"], row["shape"], *figures, ", ".join(baselines)))
+        baselines = "; ".join(_baseline(row, name) for name in row["baselines_us"])
+        lines.append((row["op"], row["shape"], *figures, baselines))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
     return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def _baseline(row: dict[str, Any], name: str) -> str:
+    us, graph_us = row["baselines_us"][name], row["baselines_graph_us"].get(name)
+    text = f"{name} {us:.1f} ({us / row['us']:.2f}x)"
+    return text if graph_us is None else f"{text}, {graph_us:.1f} ({graph_us / row['graph_us']:.2f}x)"

@@ -1,6 +1,7 @@
 """Time kernels beside their floor: `minisgl bench kernels [OP]...`.
 
-An op has a file of its name here and in kernels/; the one here has `cases(device) -> Iterator[Case]`.
+An op has a file of its name here and in kernels/; the one here has `cases(device) -> Iterator[Case]`, and `tunings`
+if its tiles can be tuned (tuning.py).
 """
 
 from importlib import import_module
@@ -20,33 +21,52 @@ def available_ops() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if (kernels / path.name).exists())
 
 
+def bench_module(op: str) -> Any:
+    """The module that measures an op."""
+    return import_module(f"minisgl.bench.{op}")
+
+
 def run(
-    ops: list[str], device: str | torch.device = "auto", json_path: Path | str | None = None
+    ops: list[str],
+    device: str | torch.device = "auto",
+    json_path: Path | str | None = None,
+    plot_path: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the named ops, or all of them; print a table, append the rows to `json_path`, and return them.
+    """Measure the named ops, or all of them; print a table, append the rows to `json_path`, draw them into `plot_path`
+    and return them.
 
-    Raises MinisglError without a GPU and for an unknown op.
+    Raises MinisglError without a GPU, for an unknown op, and for a plot without matplotlib.
     """
-    if str(device) == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise MinisglError(f"bench kernels needs a GPU, but the device is {device}: run it where there is one")
     known = available_ops()
-    for op in ops:
-        if op not in known:
-            raise MinisglError(f"no bench for the op {op!r}: known are {', '.join(known)}")
-
-    device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
-    torch.cuda.set_device(device)
+    unknown = next((op for op in ops if op not in known), None)
+    if unknown is not None:
+        raise MinisglError(f"no bench for the op {unknown!r}: known are {', '.join(known)}")
+    device = open_gpu(device, "bench kernels")
+    if plot_path:
+        from minisgl.bench.plots import roofline  # first of all: without matplotlib nothing is measured in vain
     limits = ceilings(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}: copy {limits.copy_gb_s:.0f} GB/s, bf16 matmul {limits.matmul_tflops:.0f} TFLOP/s")
     rows = []
     for op in ops or known:
-        of_op = [measure(case, device) for case in import_module(f"minisgl.bench.{op}").cases(device)]
+        of_op = [measure(case, device) for case in bench_module(op).cases(device)]
         print("\n" + table(of_op), flush=True)
         if json_path is not None:
             write_rows(json_path, of_op)
         rows += of_op
+    if plot_path:
+        roofline(rows, plot_path)
+        print(f"\n{plot_path}")
     return rows
+
+
+def open_gpu(device: str | torch.device, what: str) -> torch.device:
+    """The GPU to measure, made torch's current one. Raises MinisglError without a GPU."""
+    if str(device) == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise MinisglError(f"{what} needs a GPU, but the device is {device}: run it where there is one")
+    device = torch.device("cuda", device.index if device.index is not None else torch.cuda.current_device())
+    torch.cuda.set_device(device)
+    return device

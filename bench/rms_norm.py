@@ -21,7 +21,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 def _case(tokens: int, hidden: int, with_residual: bool, device: torch.device) -> Case:
     x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device=device)
     weight = torch.randn(hidden, dtype=torch.bfloat16, device=device)
-    residual = torch.zeros_like(x) if with_residual else None
+    residual = torch.randn_like(x) if with_residual else None
 
     def baseline() -> torch.Tensor:
         return F.rms_norm(x if residual is None else residual.add_(x), (hidden,), weight, EPS)

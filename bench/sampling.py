@@ -4,9 +4,12 @@ Normal logits: with `qwen3`'s settings the candidates suffice; `wide` keeps thou
 """
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
+from minisgl.bench.attention_baselines import lazily
 from minisgl.bench.harness import Case
 from minisgl.kernels.sampling import sample
 
@@ -42,7 +45,7 @@ def _case(kind: str, logits: torch.Tensor) -> Case:
         op="sampling",
         shape=f"{samples} x {VOCAB}, {kind}",
         run=lambda: sample(logits, rows, rows, *tables),
-        baselines={"torch": _baseline(kind, logits)},
+        baselines={"torch": _baseline(kind, logits), **_flashinfer(kind, logits)},
         bytes_moved=logits.nbytes,
     )
 
@@ -69,3 +72,19 @@ def _baseline(kind: str, logits: torch.Tensor) -> Callable[[], object]:
         return drawn if ids is None else ids.gather(1, drawn)
 
     return greedy if temperature == 0 else draw
+
+
+def _flashinfer(kind: str, logits: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """FlashInfer's sampling of the same kind, where it is installed; it reads fp32 logits that are divided already."""
+    temperature, top_k, top_p, min_p = KINDS[kind]
+    if temperature == 0 or min_p > 0 or not find_spec("flashinfer"):
+        return {}
+
+    def build() -> Callable[[], object]:
+        flashinfer = import_module("flashinfer.sampling")
+        x = logits.float() / temperature
+        if not top_k and top_p == 1:
+            return lambda: flashinfer.sampling_from_logits(x)
+        return lambda: flashinfer.top_k_top_p_sampling_from_logits(x, top_k or logits.shape[1], top_p)
+
+    return {"FlashInfer": lazily(build)}

@@ -1,6 +1,7 @@
 """The harness with a clock that is given: what is measured needs a GPU, what is made of it does not."""
 
 import json
+from collections.abc import Callable
 from importlib import import_module
 
 import pytest
@@ -30,7 +31,7 @@ def test_a_row_names_speed_share_and_origin(clock):
     row = measure(case(), CPU)
     assert (row["op"], row["shape"], row["us"], row["graph_us"]) == ("add", "64 x 4096", 10.0, 8.0)
     assert (row["gb_s"], row["tflops"], row["share"]) == (2000.0, None, 0.5)
-    assert row["baselines_us"] == {"torch": 25.0}
+    assert (row["baselines_us"], row["baselines_graph_us"]) == ({"torch": 25.0}, {"torch": 8.0})
     assert row["ceilings"] == {"copy_gb_s": 4000.0, "matmul_tflops": 500.0}
     assert row["architecture"] == "cpu" and row["device"]
     assert row["versions"].keys() == {"minisgl", "torch", "triton", "python"}
@@ -42,6 +43,26 @@ def test_a_row_names_speed_share_and_origin(clock):
 def test_share_is_of_the_ceiling_that_bounds(clock):
     row = measure(case(bytes_moved=1000, flops=4_000_000_000), CPU)
     assert (row["tflops"], row["share"]) == (400.0, 0.8)
+
+
+def test_a_baseline_that_fails_is_left_out(clock, monkeypatch, capsys):
+    def fails() -> None:
+        raise RuntimeError("no kernel for this device\nand a long trace")
+
+    def no_graph(run: Callable[[], float | None]) -> float:
+        if run() == 25.0:
+            raise RuntimeError("cannot be captured")
+        return 8.0
+
+    monkeypatch.setattr(harness, "graph_time_us", no_graph)
+    baselines = {"torch": lambda: 25.0, "flex": fails}
+    row = measure(Case("add", "1", lambda: None, baselines, 1000), CPU)
+    assert (row["baselines_us"], row["baselines_graph_us"]) == ({"torch": 25.0}, {})
+    assert capsys.readouterr().err.splitlines() == [
+        "no baseline flex: RuntimeError: no kernel for this device",
+        "no baseline torch, in a graph: RuntimeError: cannot be captured",
+    ]
+    assert "torch 25.0 (2.50x)" in table([row])
 
 
 def test_commit_is_none_outside_a_checkout(monkeypatch, tmp_path):
@@ -60,8 +81,8 @@ def test_write_rows_appends(tmp_path):
 
 def test_table(clock):
     lines = table([measure(case(), CPU), measure(case(flops=10**9), CPU)]).splitlines()
-    assert " ".join(lines[0].split()) == "op shape us graph us GB/s TFLOP/s of ceiling baselines, us"
-    assert " ".join(lines[1].split()) == "add 64 x 4096 10.0 8.0 2000 - 50% torch 25 (2.50x)"
+    assert " ".join(lines[0].split()) == "op shape us graph us GB/s TFLOP/s of ceiling baselines: us, graph us"
+    assert " ".join(lines[1].split()) == "add 64 x 4096 10.0 8.0 2000 - 50% torch 25.0 (2.50x), 8.0 (1.00x)"
     assert lines[2].split()[7] == "100.0"
 
 

@@ -1,0 +1,74 @@
+"""Pictures of rows, through matplotlib (extra `bench`). Knows rows; measures nothing."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minisgl.errors import MinisglError
+
+try:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise MinisglError("plots need matplotlib: pip install 'minisgl[bench]', or pip install matplotlib") from error
+
+COLOURS = ("#0b6e4f", "#e07a1f", "#8d99ae", "#5b4b8a", "#c1292e", "#3a86c8", "#b08900", "#6b705c")
+GREY = "#5c6370"
+Row = dict[str, Any]
+
+
+def roofline(rows: Sequence[Row], path: Path) -> None:
+    """Draw rows of `bench kernels` of one device: TFLOP/s over FLOP/byte under what the device was measured to reach,
+    and beside it GB/s of the copy rate for ops that only move bytes. The format follows the path's suffix."""
+    limits = rows[-1]["ceilings"]
+    copy_tb_s, matmul = limits["copy_gb_s"] / 1e3, limits["matmul_tflops"]
+    figure, (left, right) = _figure(12, 4.6, [2, 1])
+    computing: dict[str, list[Row]] = defaultdict(list)
+    moving: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        (computing if row["tflops"] else moving)[row["op"]].append(row)
+
+    intensities = [row["tflops"] * 1e3 / row["gb_s"] for of_op in computing.values() for row in of_op]
+    ridge = matmul / copy_tb_s
+    low, high = min([0.5, *intensities]) / 1.5, max([4 * ridge, *intensities]) * 1.5
+    left.plot([low, ridge, high], [low * copy_tb_s, matmul, matmul], color=GREY, linewidth=1.5)
+    left.annotate(f"copy {copy_tb_s:.2f} TB/s", (low * 4, low * 4 * copy_tb_s / 2), color=GREY, fontsize=9)
+    left.annotate(f"bf16 matmul {matmul:.0f} TFLOP/s", (ridge * 1.1, matmul * 1.12), color=GREY, fontsize=9)
+    for colour, (op, of_op) in zip(COLOURS, computing.items(), strict=False):
+        points = [(row["tflops"] * 1e3 / row["gb_s"], row["tflops"]) for row in of_op]
+        left.scatter(*zip(*points, strict=True), s=28, color=colour, label=op, zorder=3)
+    left.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOP / byte", ylabel="TFLOP/s")
+    left.set_ylim(top=matmul * 1.6)
+    left.set_title(f"{rows[-1]['device']}: ops with matmuls", fontsize=11)
+    if computing:
+        left.legend(frameon=False, loc="lower right", fontsize=9)
+
+    for place, of_op in enumerate(moving.values()):
+        shares = [100 * row["gb_s"] / limits["copy_gb_s"] for row in of_op]
+        right.scatter(shares, [place] * len(shares), s=28, color=COLOURS[0], alpha=0.6, zorder=3)
+    right.axvline(100, color=GREY, linewidth=1.5)
+    right.set_yticks(range(len(moving)), list(moving))
+    right.set(xlim=(0, 125), ylim=(max(len(moving), 1) - 0.5, -0.5), xlabel="% of the copy rate; a point is a shape")
+    right.set_title("ops that move bytes", fontsize=11)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, columns: Sequence[float]) -> tuple[Any, Any]:
+    """A figure with axes side by side, of these relative widths; no global state, no display."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(columns), squeeze=False, width_ratios=columns)[0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="#e3e6ea", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=110, facecolor="white")
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise MinisglError(f"{path} cannot be drawn: {error}") from error
