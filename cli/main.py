@@ -5,6 +5,7 @@ import click
 import minisgl
 from minisgl.cli.bench import bench
 from minisgl.cli.info import info
+from minisgl.cli.merge import merge
 from minisgl.cli.run import run
 
 EXAMPLES = """\b
@@ -22,5 +23,5 @@ def main() -> None:
     """Run large language models fast, with every kernel written in Triton."""
 
 
-for command in (run, info, bench):
+for command in (run, merge, info, bench):
     main.add_command(command)

@@ -201,6 +201,14 @@ class LLM:
                 self.scheduler.roll_back(self._in_flight.pop().step)
             raise
 
+    def drop_waiting(self) -> list[Request]:
+        """Take back the requests that wait, and return them; those that run go on."""
+        dropped = list(self.scheduler.waiting)
+        for request in dropped:
+            self.scheduler.retire(request)
+            self._stopping.pop(request, None)
+        return dropped
+
     def _finish(self, step: Step, ids: npt.NDArray[np.int32]) -> list[tuple[Request, Result]]:
         """Hand out a step's ids and retire the requests that end with them."""
         ended = []

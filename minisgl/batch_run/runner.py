@@ -1,28 +1,28 @@
-"""Drives an engine over a stream of rows: read ahead, tokenize, submit, step, write.
+"""Drives an engine over a stream of rows: take a burst, submit, step, write.
 
 Knows rows and the engine's request interface. Does not know files, flags or how a step works. Memory is bounded by the
-rows in flight: no more than `look_ahead` are read before one of them is answered, however long the input is.
+rows in flight: of no more than `max_inflight` is anything held, however long the input is.
 """
 
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING
 
-from minisgl.batch_run.rows import BadRow, Row, RowError, RowId, format_answer, format_error, row_error
-from minisgl.errors import MinisglError, RequestError
-from minisgl.request import Result
+from minisgl.batch_run.answers import Line, format_line, relabel
+from minisgl.batch_run.feeder import Feeder
+from minisgl.batch_run.output import Output
+from minisgl.batch_run.prompts import SAMPLE_STRIDE, Leaders, OnLong, Prepared, PromptMaker
+from minisgl.batch_run.rows import BadRow, Head, Row, RowError
+from minisgl.errors import MinisglError
+from minisgl.request import Request, Result
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM
 
-# Wide enough for the engine to find shared prefixes among the rows, small enough to read in well under a second.
-MIN_LOOK_AHEAD = 4096
-# Tokens of common vocabularies are shorter (Qwen's longest is 128 spaces). Tokenizing megabytes takes seconds, so a
-# text that cannot fit the context is refused before.
-MAX_CHARS_PER_TOKEN = 256
+# A quarter of it, the burst that is ordered at once, is wide enough to find shared prefixes among the rows.
+MIN_INFLIGHT = 8192
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Summary:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
+    stopped: bool = False
     started_s: float = field(default_factory=time.perf_counter)
     ended_s: float | None = None
 
@@ -46,9 +47,15 @@ class Summary:
     def num_errors(self) -> int:
         return self.errors.total()
 
-    def add_error(self, index: int, error: RowError) -> None:
-        self.errors[error.type] += 1
-        self.first_error = self.first_error or f"line {index + 1}: {error.message}"
+
+@dataclass
+class Pending:
+    """A row in flight: the samples that ended, the number that did not, and rows that wait for the same answer."""
+
+    head: Head
+    results: list[Result | None]
+    num_missing: int
+    followers: list[Head] = field(default_factory=list)
 
 
 class BatchRun:
@@ -57,114 +64,130 @@ class BatchRun:
     def __init__(
         self,
         llm: "LLM",
-        write: Callable[[list[bytes]], None],
+        output: Output,
         *,
-        chat: bool | None = None,
+        on_long: OnLong = "error",
+        leaders: Leaders | None = None,
         return_token_ids: bool = False,
-        look_ahead: int | None = None,
+        max_errors: int | None = None,
+        max_inflight: int | None = None,
+        n: int = 1,
+        should_stop: Callable[[], bool] = lambda: False,
         on_progress: Callable[[Summary], None] = lambda summary: None,
     ):
-        """`write` takes finished output lines. `chat` is the flag: True wraps prompts too, False refuses messages."""
-        self.llm = llm
-        self.write = write
-        self.chat = chat
-        self.return_token_ids = return_token_ids
-        self.look_ahead = look_ahead or max(MIN_LOOK_AHEAD, 2 * llm.config.max_running)
-        self.on_progress = on_progress
+        """`leaders` (with --dedup) has the rows of earlier runs. `n`: samples of most rows, each of which is in flight
+        by itself. `should_stop` is asked before each step: True ends the run once what is running has ended."""
+        self.llm, self.output = llm, output
+        self.maker = PromptMaker(llm, on_long=on_long, leaders=leaders)
+        self.return_token_ids, self.max_errors = return_token_ids, max_errors
+        # Four bursts are in flight at most: one being made, one ready, and two in the engine, which gets the next when
+        # a burst's worth is left.
+        self.burst = max(1, (max_inflight or max(MIN_INFLIGHT, 4 * llm.config.max_running)) // (4 * n))
+        self.should_stop, self.on_progress = should_stop, on_progress
         self.summary = Summary()
-        self._ids: dict[int, RowId] = {}  # of the requests in flight, by index
+        self._pending: dict[int, Pending] = {}  # by row index
+        self._num_following = 0
 
     def run(self, rows: Iterable[Row | BadRow]) -> Summary:
         """Answer every row. A row's own fault becomes its error row; any other exception ends the run."""
         self.summary = Summary()
-        rows = iter(rows)
-        more = True
-        while more or self.llm.num_unfinished:
-            room = self.look_ahead - self.llm.num_unfinished
-            if more and room >= self.look_ahead // 2:
-                window = list(islice(rows, room))
-                more = len(window) == room
-                self._admit(window)
-            if self.llm.num_unfinished:
-                self._finish([(request.index, result) for request, result in self.llm.step()])
+        feeder = Feeder(iter(rows), self.maker.prepare, self.burst)
+        try:
+            while self._pending or not feeder.exhausted:
+                if self.should_stop():
+                    self._drop_waiting()
+                    break
+                if len(self._pending) + self._num_following <= self.burst:
+                    self._admit(feeder.take(wait=not self._pending))
+                self._step()
+            while self._pending:
+                self._step()
+        finally:
+            feeder.close()
         self.summary.ended_s = time.perf_counter()
         return self.summary
 
-    def _admit(self, window: list[Row | BadRow]) -> None:
-        """Submit the good rows of a window in one burst; write the others as error rows."""
-        refused: list[tuple[Row | BadRow, RowError]] = [(row, row.error) for row in window if isinstance(row, BadRow)]
-        requests = []
-        for row, prompt in self._tokenize([row for row in window if isinstance(row, Row)]):
-            try:
-                if isinstance(prompt, RequestError):
-                    raise prompt
-                requests.append(self.llm.new_request(prompt, row.params, index=row.index))
-                self._ids[row.index] = row.id
-            except RequestError as refusal:
-                refused.append((row, row_error(refusal.type, str(refusal))))
-        self.llm.submit(requests)
-        lines = []
-        for bad, error in refused:
-            lines.append(format_error(bad.index, bad.id, error, return_token_ids=self.return_token_ids))
-            self.summary.add_error(bad.index, error)
+    def _drop_waiting(self) -> None:
+        """Take back what has not started; the next run will do it."""
+        self.summary.stopped = True
+        for request in self.llm.drop_waiting():
+            self._pending.pop(request.index % SAMPLE_STRIDE, None)
+
+    def _admit(self, burst: list[Prepared]) -> None:
+        """Submit a burst at once; write its bad rows."""
+        lines: list[Line] = []
+        requests: list[Request] = []
+        for prepared in burst:
+            if prepared.error:
+                lines.append(self._fail(prepared.head, prepared.error))
+            elif prepared.leader is None:
+                count = len(prepared.requests)
+                self._pending[prepared.head.index] = Pending(prepared.head, [None] * count, count)
+                requests += prepared.requests
+            elif prepared.leader in self._pending:
+                self._pending[prepared.leader].followers.append(prepared.head)
+                self._num_following += 1
+            else:
+                self._write(lines)  # the leader may be among them
+                lines = [self._repeat(prepared.head, prepared.leader)]
+        if requests:
+            self.llm.submit(requests)
         self._write(lines)
 
-    def _tokenize(self, rows: list[Row]) -> list[tuple[Row, list[int] | RequestError]]:
-        """Each row with its prompt's token ids, or with why it has none. All texts are encoded in one call."""
-        tokenized: list[tuple[Row, list[int] | RequestError]] = []
-        texts = []
-        for row in rows:
-            if row.prompt_token_ids is not None:
-                tokenized.append((row, row.prompt_token_ids))
-            elif refusal := self._refuse_text(row):
-                tokenized.append((row, refusal))
-            elif row.prompt is not None and not self.chat:
-                texts.append((row, row.prompt))
-            else:
-                tokenized.append((row, self._apply_template(row)))
-        encoded = self.llm.tokenizer.encode_batch([text for _, text in texts]) if texts else []
-        return tokenized + [(row, ids) for (row, _), ids in zip(texts, encoded, strict=True)]
+    def _step(self) -> None:
+        if self.llm.num_unfinished:
+            lines: list[Line] = []
+            for request, result in self.llm.step():
+                lines += self._end(request, result)
+            self._write(lines)
 
-    def _refuse_text(self, row: Row) -> RequestError | None:
-        """Why the row's text cannot become tokens, whatever it says."""
-        try:
-            _ = self.llm.tokenizer
-        except MinisglError as error:
-            return RequestError(str(error), "no_tokenizer")
-        messages = row.messages or [{"content": row.prompt}]
-        num_chars = sum(len(message["content"]) for message in messages)
-        max_len = self.llm.config.max_len
-        assert max_len is not None
-        if num_chars <= MAX_CHARS_PER_TOKEN * max_len:
-            return None
-        message = f"the prompt has {num_chars:,} characters, which the context of {max_len:,} tokens cannot hold"
-        return RequestError(f"{message}: shorten it", "prompt_too_long")
-
-    def _apply_template(self, row: Row) -> list[int] | RequestError:
-        if self.chat is False:
-            return RequestError("messages need the chat template, and --no-chat turns it off", "invalid_messages")
-        try:
-            return self.llm.tokenizer.apply_chat_template(row.messages or [{"role": "user", "content": row.prompt}])
-        except RequestError as error:
-            return error
-
-    def _finish(self, ended: list[tuple[int, Result]]) -> None:
+    def _end(self, request: Request, result: Result) -> list[Line]:
+        """The lines that are due when a sample has ended: none while others of its row run."""
+        sample, index = divmod(request.index, SAMPLE_STRIDE)
+        pending = self._pending.get(index)
+        if pending is None:  # the row was given up, with samples that had not started
+            return []
+        self._count(result, is_first=not sample)
+        pending.results[sample] = result
+        pending.num_missing -= 1
+        if pending.num_missing:
+            return []
+        del self._pending[index]
+        self._num_following -= len(pending.followers)
+        results = [result for result in pending.results if result]
         lines = []
-        for index, result in ended:
-            row_id = self._ids.pop(index)
-            if result.error is None:
-                lines.append(format_answer(index, row_id, result, return_token_ids=self.return_token_ids))
-            else:
-                error = row_error(result.error.type, str(result.error))
-                lines.append(format_error(index, row_id, error, return_token_ids=self.return_token_ids, result=result))
-                self.summary.add_error(index, error)
+        for head in (pending.head, *pending.followers):
+            lines.append(format_line(head, results, return_token_ids=self.return_token_ids))
+            failed = next((result.error for result in results if result.error), None)
+            if failed:
+                self._note(head, RowError(failed.type, str(failed)))
+        return lines
+
+    def _count(self, result: Result, is_first: bool) -> None:
+        if is_first:
             self.summary.prompt_tokens += result.usage.prompt_tokens
-            self.summary.output_tokens += result.usage.completion_tokens
             self.summary.cached_tokens += result.usage.cached_tokens
-        self._write(lines)
+        self.summary.output_tokens += result.usage.completion_tokens
 
-    def _write(self, lines: list[bytes]) -> None:
-        if lines:
-            self.write(lines)
-            self.summary.rows += len(lines)
-            self.on_progress(self.summary)
+    def _fail(self, head: Head, error: RowError) -> Line:
+        self._note(head, error)
+        return format_line(head, error, return_token_ids=self.return_token_ids)
+
+    def _repeat(self, head: Head, leader: int) -> Line:
+        line = relabel(self.output.read(leader), head)
+        if line.failed:
+            self._note(head, RowError("repeated", "it asks the same as an earlier row that failed"))
+        return line
+
+    def _note(self, head: Head, error: RowError) -> None:
+        self.summary.errors[error.type] += 1
+        self.summary.first_error = self.summary.first_error or f"{head.place}: {error.message}"
+
+    def _write(self, lines: list[Line]) -> None:
+        if not lines:
+            return
+        self.output.append(lines)
+        self.summary.rows += len(lines)
+        self.on_progress(self.summary)
+        if self.max_errors is not None and self.summary.num_errors > self.max_errors:
+            raise MinisglError(f"{self.summary.num_errors:,} rows failed, more than --max-errors {self.max_errors:,}")

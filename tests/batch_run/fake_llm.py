@@ -15,6 +15,12 @@ class FakeTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[ord(char) % 1000 for char in text] for text in texts]
 
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))
+
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
         if not self.has_chat_template:
             raise RequestError("the model has no chat template")
@@ -44,6 +50,9 @@ class FakeLLM:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.closed = True
 
     @property
@@ -61,6 +70,10 @@ class FakeLLM:
     def submit(self, requests: list[Request]) -> None:
         self.waiting += requests[::-1]  # any order is allowed
         self.peak = max(self.peak, self.num_unfinished)
+
+    def drop_waiting(self) -> list[Request]:
+        dropped, self.waiting = self.waiting, []
+        return dropped
 
     def step(self) -> list[tuple[Request, Result]]:
         self.steps += 1

@@ -1,4 +1,4 @@
-"""Whatever a line's bytes are, parse_row gives a row or a bad row, and both have an output line that is JSON."""
+"""Whatever a line's bytes are, RowParser gives a row or a bad row, and both have an output line that is JSON."""
 
 import json
 from typing import Any
@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.batch_run.answers import Line, format_line, parse_line
+from minisgl.batch_run.parser import RowParser
 from minisgl.batch_run.rows import (
     KEYS,
     MAX_MESSAGE_CHARS,
     BadRow,
+    Head,
+    Record,
     Row,
-    format_answer,
-    format_error,
-    parse_row,
     row_error,
 )
 from minisgl.request import Result, SamplingParams, Usage
@@ -23,7 +24,8 @@ FLAGS = SamplingParams(max_tokens=5, temperature=0.5)
 
 
 def parse(value: Any) -> Row | BadRow:
-    return parse_row(value if isinstance(value, bytes) else json.dumps(value).encode(), 3, FLAGS)
+    line = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return RowParser(FLAGS).parse(Record(3, "line 4", line))
 
 
 def good(value: Any) -> Row:
@@ -46,11 +48,11 @@ def test_the_three_prompts() -> None:
 
 
 def test_id_defaults_to_the_index() -> None:
-    assert good({"prompt": "x"}).id == 3
-    assert good({"prompt": "x", "id": None}).id == 3
-    assert good({"prompt": "x", "id": "a-7"}).id == "a-7"
-    assert good({"prompt": "x", "id": 0}).id == 0
-    assert good({"prompt": "x", "id": 1.5}).id == 1.5
+    assert good({"prompt": "x"}).head.id == 3
+    assert good({"prompt": "x", "id": None}).head.id == 3
+    assert good({"prompt": "x", "id": "a-7"}).head.id == "a-7"
+    assert good({"prompt": "x", "id": 0}).head.id == 0
+    assert good({"prompt": "x", "id": 1.5}).head.id == 1.5
 
 
 def test_parameters_of_the_row_win_over_the_flags() -> None:
@@ -62,8 +64,23 @@ def test_parameters_of_the_row_win_over_the_flags() -> None:
     assert good({"prompt": "x", "stop": ["."], "stop_token_ids": [4]}).params.stop == (".",)
 
 
-def test_metadata_is_carried_by_the_input_and_not_read() -> None:
-    assert good({"prompt": "x", "metadata": {"expected": "42", "max_tokens": -1}}).params == FLAGS
+def test_other_keys_are_carried_over() -> None:
+    labels = {"metadata": {"expected": "42", "max_tokens": -1}, "model": "m", "label": float("inf")}
+    row = good({"prompt": "x", **labels})
+    assert row.params == FLAGS
+    assert row.head.columns == labels
+
+
+def test_n() -> None:
+    assert (good({"prompt": "x"}).n, good({"prompt": "x", "n": 3}).n) == (1, 3)
+
+
+def test_the_key_is_of_the_content() -> None:
+    keys = {good({"prompt": "x", **more}).head.key for more in ({}, {"seed": 1}, {"label": 1}, {"id": 1})}
+    assert len(keys) == 4 and 0 not in keys
+    assert good({"prompt": "x"}).head.key == good({"prompt": "x"}).head.key
+    other = RowParser(FLAGS, hash_key=b"another model").parse(Record(3, "", json.dumps({"prompt": "x"}).encode()))
+    assert other.head.key not in keys
 
 
 def test_text_parts_are_joined() -> None:
@@ -80,8 +97,8 @@ def test_text_parts_are_joined() -> None:
         (b'{"prompt": "x"', "invalid_json", "position"),
         (b'{"prompt": "\xff"}', "invalid_json", "0xff at position 13"),
         (b'{"prompt": "x", "prompt": "y"}', "invalid_json", "'prompt' is given twice"),
-        (b'{"prompt": "x", "temperature": NaN}', "invalid_json", "NaN"),
-        (b'{"prompt": "x", "temperature": -Infinity}', "invalid_json", "-Infinity"),
+        (b'{"prompt": "x", "temperature": NaN}', "invalid_parameter", "must be a number"),
+        (b'{"prompt": "x", "temperature": -Infinity}', "invalid_parameter", "from 0 to 100"),
         (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", "invalid_json", "digits"),
         (b"[" * 200_000, "invalid_json", "nested"),
         (b'{"prompt": "\\ud83d"}', "invalid_prompt", "surrogate"),
@@ -95,10 +112,10 @@ def test_text_parts_are_joined() -> None:
         ({"prompt": "x", "id": [1]}, "invalid_row", "id must be"),
         (b'{"prompt": "x", "id": 1e999}', "invalid_row", "finite"),
         ({"prompt": "x", "temprature": 1}, "invalid_row", "did you mean 'temperature'?"),
-        ({"prompt": "x", "model": "m"}, "invalid_row", "-m"),
-        ({"prompt": "x", "custom_id": "a"}, "invalid_row", "'id'"),
+        ({"prompt": "x", "n": 0}, "invalid_parameter", "from 1 to 128"),
+        ({"prompt": "x", "n": True}, "invalid_parameter", "from 1 to 128"),
+        ({"prompt": "x", "promt": "y"}, "invalid_row", "did you mean 'prompt'?"),
         ({"prompt": "x", "frequency_penalty": 1}, "invalid_row", "not supported"),
-        ({"prompt": "x", "expected": "y"}, "invalid_row", "metadata"),
         ({"messages": []}, "invalid_messages", "messages"),
         ({"messages": ["x"]}, "invalid_messages", "messages[0]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_messages", "'robot'"),
@@ -121,8 +138,8 @@ def test_a_refused_line_says_why(line: Any, type: str, says: str) -> None:
 
 
 def test_a_refused_row_keeps_its_id() -> None:
-    assert refused({"prompt": "x", "id": "a-7", "max_tokens": -1}).id == "a-7"
-    assert refused(b"nonsense").id == 3
+    assert refused({"prompt": "x", "id": "a-7", "max_tokens": -1}).head.id == "a-7"
+    assert refused(b"nonsense").head.id == 3
 
 
 def test_long_values_do_not_make_long_errors() -> None:
@@ -131,21 +148,38 @@ def test_long_values_do_not_make_long_errors() -> None:
 
 def test_the_answer_line() -> None:
     result = Result("h\u00e9\u2028\x85\n", [5, 6], "stop", Usage(4, 2, 1))
-    line = format_answer(3, "a", result, return_token_ids=False)
-    assert len(line.decode().splitlines()) == 1
-    assert list(json.loads(line).items()) == [
+    head = Head(3, 255, "a", columns={"label": "\ud83d", "score": float("-inf"), "text": "its own"})
+    line = format_line(head, [result])
+    assert (line.index, line.key, line.failed) == (3, 255, False)
+    assert len(line.data.decode().splitlines()) == 1
+    assert list(json.loads(line.data).items()) == [
         ("id", "a"),
         ("index", 3),
+        ("key", "00000000000000ff"),
         ("text", "h\u00e9\u2028\x85\n"),
         ("finish_reason", "stop"),
         ("usage", {"prompt_tokens": 4, "completion_tokens": 2, "cached_tokens": 1}),
         ("error", None),
+        ("label", "\ud83d"),
+        ("score", float("-inf")),
+        ("input_text", "its own"),
     ]
-    assert json.loads(format_answer(3, "a", result, return_token_ids=True))["token_ids"] == [5, 6]
+    assert json.loads(format_line(head, [result], return_token_ids=True).data)["token_ids"] == [5, 6]
+    assert parse_line(line.data) == line
+
+
+def test_the_line_of_several_samples() -> None:
+    results = [Result(text, [5] * count, "stop", Usage(4, count, 1)) for count, text in ((1, "a"), (2, "b"))]
+    row = json.loads(format_line(Head(3, 1, 3), results).data)
+    assert row["text"] == "a"
+    assert row["samples"] == [{"text": "a", "finish_reason": "stop"}, {"text": "b", "finish_reason": "stop"}]
+    assert row["usage"] == {"prompt_tokens": 4, "completion_tokens": 3, "cached_tokens": 1}
 
 
 def test_the_error_line() -> None:
-    row = json.loads(format_error(3, 3, row_error("invalid_row", "why"), return_token_ids=True))
+    line = format_line(Head(3, 1, 3), row_error("invalid_row", "why"), return_token_ids=True)
+    assert line.failed and parse_line(line.data) == line
+    row = json.loads(line.data)
     assert row["finish_reason"] == "error"
     assert row["error"] == {"type": "invalid_row", "message": "why"}
     assert (row["text"], row["token_ids"]) == ("", [])
@@ -153,11 +187,11 @@ def test_the_error_line() -> None:
 
 
 def check_line(line: bytes) -> None:
-    row = parse_row(line, 3, FLAGS)
-    error = row.error if isinstance(row, BadRow) else row_error("invalid_row", "")
-    out = format_error(3, row.id, error, return_token_ids=False)
-    assert out.endswith(b"\n") and len(out.decode("utf-8").splitlines()) == 1
-    assert json.loads(out)["index"] == 3
+    row = parse(line)
+    out = format_line(row.head, row.error if isinstance(row, BadRow) else row_error("invalid_row", ""))
+    assert out.data.endswith(b"\n") and len(out.data.decode("utf-8").splitlines()) == 1
+    assert parse_line(out.data) == out
+    assert out == Line(3, row.head.key, True, out.data)
     if isinstance(row, Row):
         assert sum(source is not None for source in (row.prompt, row.messages, row.prompt_token_ids)) == 1
         (row.prompt or "").encode()

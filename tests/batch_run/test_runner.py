@@ -6,20 +6,38 @@ from typing import Any
 
 import pytest
 
-from minisgl.batch_run import runner
-from minisgl.batch_run.rows import BadRow, Row, parse_row
+from minisgl.batch_run import prompts
+from minisgl.batch_run.answers import Line
+from minisgl.batch_run.parser import RowParser
+from minisgl.batch_run.rows import BadRow, Head, Record, Row
 from minisgl.batch_run.runner import BatchRun, Summary
 from minisgl.errors import MinisglError
 from minisgl.request import SamplingParams
+
+
+class Lines:
+    """An output that keeps its lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.by_index: dict[int, bytes] = {}
+
+    def append(self, lines: list[Line]) -> None:
+        self.lines += [line.data for line in lines]
+        self.by_index |= {line.index: line.data for line in lines}
+
+    def read(self, index: int) -> bytes:
+        return self.by_index[index]
 
 
 class Job:
     """A BatchRun whose lines are kept, with the engine at hand."""
 
     def __init__(self, llm: Any, **options: Any):
-        self.lines: list[bytes] = []
         self.llm = llm
-        self.run = BatchRun(llm, self.lines.extend, **options)
+        output: Any = Lines()
+        self.lines: list[bytes] = output.lines
+        self.run = BatchRun(llm, output, **options)
 
     def __call__(self, rows: Any) -> Summary:
         return self.run.run(rows)
@@ -31,11 +49,14 @@ class Job:
         return {row["index"]: row for row in parsed}
 
 
-def rows_of(*values: Any) -> list[Row | BadRow]:
-    return [
-        parse_row(value if isinstance(value, bytes) else json.dumps(value).encode(), index, SamplingParams())
-        for index, value in enumerate(values)
-    ]
+def rows_of(*values: Any, **options: Any) -> list[Row | BadRow]:
+    parser = RowParser(SamplingParams(), **options)
+    lines = [value if isinstance(value, bytes) else json.dumps(value).encode() for value in values]
+    return [parser.parse(Record(index, f"line {index + 1}", line)) for index, line in enumerate(lines)]
+
+
+def row(index: int) -> Row:
+    return Row(Head(index, 1, index), prompt="x")
 
 
 def test_every_row_is_answered_once(fake_llm: Any) -> None:
@@ -89,13 +110,14 @@ def test_no_rows(fake_llm: Any) -> None:
 
 
 def test_prompts_and_messages(fake_llm: Any) -> None:
-    rows = rows_of({"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt_token_ids": [97]})
-    for chat, prompts in ((None, [[97], [1, 97, 2], [97]]), (True, [[1, 97, 2], [1, 97, 2], [97]])):
-        job = Job(fake_llm(), chat=chat)
-        job(rows)
-        assert [job.llm.prompts[index] for index in range(3)] == prompts
-    job = Job(fake_llm(), chat=False)
-    job(rows)
+    values = {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}, {"prompt_token_ids": [97]}
+    expected: dict[Any, Any] = {None: [[97], [1, 97, 2], [97]], True: [[1, 97, 2], [1, 97, 2], [97]]}
+    for chat, ids in expected.items():
+        job = Job(fake_llm())
+        job(rows_of(*values, chat=chat))
+        assert [job.llm.prompts[index] for index in range(3)] == ids
+    job = Job(fake_llm())
+    job(rows_of(*values, chat=False))
     assert job.llm.prompts == {0: [97], 2: [97]}
     assert "--no-chat" in job.rows[1]["error"]["message"]
 
@@ -126,7 +148,7 @@ def test_a_model_without_a_tokenizer(fake_llm: Any, monkeypatch: pytest.MonkeyPa
 
 def test_a_text_far_longer_than_the_context_is_not_tokenized(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = fake_llm()
-    monkeypatch.setattr(runner, "MAX_CHARS_PER_TOKEN", 2)  # 200 characters for 100 tokens
+    monkeypatch.setattr(prompts, "MAX_CHARS_PER_TOKEN", 2)  # 200 characters for 100 tokens
     encoded: list[int] = []
     encode = llm.tokenizer.encode_batch
     llm.tokenizer.encode_batch = lambda texts: [encoded.extend(map(len, texts)), *encode(texts)][1:]
@@ -148,13 +170,13 @@ def test_token_ids_only_when_asked_for(fake_llm: Any) -> None:
 
 @pytest.mark.parametrize("num_rows", [0, 1, 31, 32, 33, 1000])
 def test_reading_ahead_is_bounded(fake_llm: Any, num_rows: int) -> None:
-    job = Job(fake_llm(), look_ahead=32)
+    job = Job(fake_llm(), max_inflight=32)
     ahead = []
 
     def rows() -> Iterator[Row | BadRow]:
         for index in range(num_rows):
             ahead.append(index + 1 - len(job.lines))
-            yield Row(index, index, prompt="x") if index % 5 else BadRow(index, index, row_of_error)
+            yield row(index) if index % 5 else BadRow(Head(index, 1, index), row_of_error)
 
     row_of_error = rows_of(b"bad")[0].error  # type: ignore[union-attr]
     assert job(rows()).rows == num_rows == len(job.rows)
@@ -164,15 +186,15 @@ def test_reading_ahead_is_bounded(fake_llm: Any, num_rows: int) -> None:
 
 def test_the_engine_never_runs_dry(fake_llm: Any) -> None:
     """Rows are refilled while others run: fewer steps than one window after another would take."""
-    job = Job(fake_llm(max_running=8), look_ahead=32)
-    job(Row(index, index, prompt="x") for index in range(320))
+    job = Job(fake_llm(max_running=8), max_inflight=64)
+    job(row(index) for index in range(320))
     assert job.llm.steps <= 320 * 2 / 8 + 8  # two steps a row, eight at once
 
 
 def test_finished_rows_are_written_before_the_next_step(fake_llm: Any) -> None:
     written = []
     job = Job(fake_llm(), on_progress=lambda summary: written.append((summary.rows, len(job.lines))))
-    job(Row(index, index, prompt="x") for index in range(20))
+    job(row(index) for index in range(20))
     assert len(written) > 3
     assert all(rows == lines for rows, lines in written)
 
@@ -183,5 +205,5 @@ def test_what_is_finished_is_kept_when_the_engine_stops(fake_llm: Any, failure: 
     llm.fail_at_step, llm.failure = 5, failure
     job = Job(llm)
     with pytest.raises(type(failure)):
-        job(Row(index, index, prompt="x") for index in range(100))
+        job(row(index) for index in range(100))
     assert 0 < job.run.summary.rows == len(job.rows) < 100

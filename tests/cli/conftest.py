@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from minisgl.batch_run import job
 from minisgl.cli.main import main
 from tests.batch_run.fake_llm import fake_llm
 
@@ -23,6 +24,7 @@ Invoke = Callable[..., Result]
 def invoke(fake_llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Invoke]:
     """`invoke("run", "in.jsonl", input=b"...")` in an empty folder, with FakeLLM as the engine."""
     monkeypatch.setitem(sys.modules, "minisgl.llm", SimpleNamespace(LLM=fake_llm))
+    monkeypatch.setattr(job, "revision", lambda model: "as it was")
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGINT)
     yield lambda *args, input=None: CliRunner().invoke(main, [str(arg) for arg in args], input=input)

@@ -10,7 +10,7 @@ from minisgl.errors import MinisglError
 from tests.cli.conftest import Invoke, read_rows
 
 
-def test_the_quick_start(invoke: Invoke, prompts: Path) -> None:
+def test_the_quick_start(invoke: Invoke, prompts: Path, fake_llm: Any) -> None:
     done = invoke("run", "prompts.jsonl")
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
@@ -22,12 +22,15 @@ def test_the_quick_start(invoke: Invoke, prompts: Path) -> None:
         (f"row {index}", f"answer {index}", "stop") for index in range(10)
     ]
     assert "token_ids" not in rows[0]
-    assert invoke("run", "prompts.jsonl").exit_code == 0  # again: the results are replaced
-    assert len(read_rows("prompts.results.jsonl")) == 10
+    before = Path("prompts.results.jsonl").read_bytes()
+    done = invoke("run", "prompts.jsonl")
+    assert done.exit_code == 0
+    assert "10 (10 of them before)" in done.stderr and len(fake_llm.made) == 1, "nothing is left: no model is loaded"
+    assert Path("prompts.results.jsonl").read_bytes() == before
 
 
 def test_the_summary_has_all_figures(invoke: Invoke, prompts: Path) -> None:
-    done = invoke("run", prompts)
+    done = invoke("run", prompts, "--progress", "bar")
     for word in ("rows", "with errors", "prompt", "from the cache", "output", "tokens/s", " s\n", "results"):
         assert word in done.stderr, word
     assert "10/10" in done.stderr  # the bar
@@ -46,7 +49,7 @@ def test_only_flags_that_were_given_reach_the_engine(invoke: Invoke, prompts: Pa
     assert set(vars(fake_llm.made[0].params[0]).values()) == {None, ()}
     flags = "--dtype float32 --device cpu --max-running 4 --max-step-tokens 64 --page-size 32 --memory-fraction 0.5"
     flags += " --load-format dummy --cache none --evict lfu --seed 7"
-    assert invoke("run", prompts, *flags.split()).exit_code == 0
+    assert invoke("run", prompts, "--fresh", *flags.split()).exit_code == 0
     assert fake_llm.made[1].options == {
         "dtype": "float32",
         "device": "cpu",
@@ -94,7 +97,7 @@ def test_chat(invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.
     from tests.batch_run.fake_llm import FakeTokenizer
 
     monkeypatch.setattr(FakeTokenizer, "has_chat_template", False)
-    done = invoke("run", prompts, "--chat")
+    done = invoke("run", prompts, "--chat", "--fresh")
     assert (done.exit_code, "no chat template" in done.stderr) == (2, True)
 
 
@@ -118,7 +121,8 @@ def test_an_input_without_rows(invoke: Invoke, content: bytes) -> None:
 
 CANNOT_START = [
     (["none.jsonl"], "does not exist"),
-    (["."], "is a folder"),
+    (["none*.jsonl", "-o", "out.jsonl"], "no file matches"),
+    (["empty"], "has no file to read"),
     (["prompts.jsonl", "-o", "prompts.jsonl"], "is the input"),
     (["prompts.jsonl", "-o", "no/such/folder/out.jsonl"], "does not exist; make it"),
     (["prompts.jsonl", "-o", "."], "is a folder"),
@@ -141,12 +145,13 @@ CANNOT_START = [
 @pytest.mark.parametrize(("args", "says"), CANNOT_START)
 def test_jobs_that_cannot_start(invoke: Invoke, prompts: Path, fake_llm: Any, args: list[str], says: str) -> None:
     before = prompts.read_bytes()
+    Path("empty").mkdir()
     done = invoke("run", *args)
     assert done.exit_code == 2
     assert says in done.stderr
     assert done.stderr.splitlines()[-1].startswith("Error: ") and "Traceback" not in done.stderr
     assert prompts.read_bytes() == before
-    assert [path.name for path in Path().iterdir()] == ["prompts.jsonl"]
+    assert sorted(path.name for path in Path().iterdir()) == ["empty", "prompts.jsonl"]
     assert not fake_llm.made, "nothing is loaded for a job that cannot start"
 
 
@@ -161,10 +166,10 @@ def test_a_model_that_cannot_be_loaded(
 
     monkeypatch.setattr(fake_llm, "__init__", refuse)
     Path("prompts.results.jsonl").write_text("old\n")
-    done = invoke("run", prompts, "-m", "some/model")
+    done = invoke("run", prompts, "-m", "some/model", "--fresh")
     assert done.exit_code == 2
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("Error: ")
-    assert "Traceback" in invoke("run", prompts, "-m", "some/model", "--debug").stderr
+    assert "Traceback" in invoke("run", prompts, "-m", "some/model", "--fresh", "--debug").stderr
     assert Path("prompts.results.jsonl").read_text() == "old\n"
 
 
@@ -179,6 +184,9 @@ def test_an_engine_that_fails(invoke: Invoke, prompts: Path, fake_llm: Any, monk
     assert f"{finished} finished rows are in prompts.results.jsonl" in last.replace(f"{prompts.parent}/", "")
     assert "Traceback" not in done.stderr
     assert "Traceback" in invoke("run", prompts, "--debug").stderr
+    monkeypatch.setattr(fake_llm, "fail_at_step", None)
+    assert "of them before" in invoke("run", prompts).stderr
+    assert len(read_rows("prompts.results.jsonl")) == 10
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -187,7 +195,7 @@ def test_a_disk_that_is_full(invoke: Invoke, prompts: Path) -> None:
     assert done.exit_code == 2
     assert done.stderr.splitlines()[-1] == (
         "Error: stopped: cannot write /dev/full: No space left on device; "
-        "free some space, or name a file on another disk with -o; no row was written"
+        "free some space and run the same command again, or name a file on another disk with -o; no row was written"
     )
 
 
@@ -207,6 +215,6 @@ def test_ctrl_c_before_the_first_row_keeps_old_results(
     Path("prompts.results.jsonl").write_text("old\n")
     monkeypatch.setattr(fake_llm, "failure", KeyboardInterrupt())
     monkeypatch.setattr(fake_llm, "fail_at_step", 1)
-    done = invoke("run", prompts)
-    assert done.stderr.splitlines()[-1] == "Interrupted: no row was written"
+    done = invoke("run", prompts, "--fresh")
+    assert done.stderr.splitlines()[-1] == "Interrupted: no row was written; the same command goes on from there"
     assert Path("prompts.results.jsonl").read_text() == "old\n"

@@ -1,0 +1,153 @@
+"""`minisgl run --dry-run`: what a job would take, from its rows and the shapes of the model. No weights are loaded.
+
+    weights  P parameters x bytes each            KV  2 x layers x KV heads x head size x bytes, for each token
+    time     2 P operations for each token, and one read of weights and KV for each decode step of `max_running` rows
+
+The device's operations and bytes a second are measured first, for a moment. The time is a floor: prompts share no
+prefix, every row uses all of its max_tokens, and nothing but these reads and operations takes time.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm import tqdm
+
+from minisgl.batch_run.feeder import CHUNK_ITEMS
+from minisgl.batch_run.job import Job, JobOptions
+from minisgl.batch_run.prompts import PromptMaker
+from minisgl.batch_run.rows import BadRow, Row
+from minisgl.config import EngineConfig
+from minisgl.errors import MinisglError, RequestError
+from minisgl.models.config import ModelConfig
+from minisgl.models.decoder import Decoder
+from minisgl.models.generation import generation_defaults
+from minisgl.resolve import resolve
+from minisgl.tokenizer import Tokenizer
+from minisgl.weights import resolve_model
+
+if TYPE_CHECKING:
+    from minisgl.llm import LLM
+
+DEFAULT_MAX_TOKENS = 1024  # of LLM, where neither a row nor a flag nor the model says another
+PROBE_SIZE = 2048  # the matrices that are multiplied have so many rows and columns
+PROBE_BYTES = 256 << 20
+PROBE_S = 0.2
+
+
+@dataclass
+class Totals:
+    """Of the rows that would be answered: samples, and their tokens. `errors` counts the others by type."""
+
+    rows: int = 0
+    samples: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+def estimate(options: JobOptions) -> str:
+    """A table for people. MinisglError for a command that could not run. Nothing is written."""
+    folder = resolve_model(options.model or "")
+    model = ModelConfig.from_folder(folder)
+    config = resolve(EngineConfig(model=str(folder), **options.engine), model)
+    tokenizer = Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
+    defaults = generation_defaults(folder, model, tokenizer.eos_id if tokenizer else None).sampling
+    with Job(replace(options, output=os.devnull, retry_errors=False, ordered=False)) as job:
+        totals = _count(job, config, tokenizer, defaults.max_tokens or DEFAULT_MAX_TOKENS)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    decoder = Decoder(model, device=torch.device("meta"), dtype=dtype, max_len=1)
+    parameters = sum(tensor.numel() for tensor in decoder.tensors().values())
+    weight_bytes = parameters * dtype.itemsize
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize  # a token
+    mean_len = (totals.prompt_tokens + totals.output_tokens) / max(1, totals.samples)
+    running = min(config.max_running, max(1, totals.samples))
+    kv_total = kv_bytes * mean_len * running
+    operations_per_s, bytes_per_s = _probe(torch.device(config.device), dtype)
+    compute_s = 2 * parameters * (totals.prompt_tokens + totals.output_tokens) / operations_per_s
+    read_s = totals.output_tokens / running * (weight_bytes + kv_total) / bytes_per_s
+    failed = ", ".join(f"{count:,} {kind}" for kind, count in totals.errors.most_common()) or "none"
+    return "\n".join(
+        [
+            f"rows     {totals.rows:,}, of which {totals.errors.total():,} would fail ({failed})",
+            f"tokens   {totals.prompt_tokens:,} prompt, at most {totals.output_tokens:,} output",
+            f"memory   {weight_bytes / 2**30:,.2f} GiB weights, {kv_total / 2**30:,.2f} GiB KV for {running:,} rows at "
+            f"once of {mean_len:,.0f} tokens ({config.dtype})",
+            f"time     at least {tqdm.format_interval(max(compute_s, read_s))} on {config.device} "
+            f"({operations_per_s / 1e12:,.2f} TFLOP/s, {bytes_per_s / 1e9:,.0f} GB/s measured), loading not counted",
+        ]
+    )
+
+
+def _count(job: Job, config: EngineConfig, tokenizer: Tokenizer | None, max_tokens: int) -> Totals:
+    totals = Totals()
+    maker = PromptMaker(cast("LLM", _Unloaded(config, tokenizer)), on_long=job.options.on_long)
+    max_len = config.max_len or 0
+    rows = job.read()
+    with tqdm(total=job.count(), unit="row", disable=None) as bar:
+        while chunk := list(islice(rows, CHUNK_ITEMS)):
+            bar.update(len(chunk))
+            totals.rows += len(chunk)
+            totals.errors.update(row.error.type for row in chunk if isinstance(row, BadRow))
+            asked = [
+                row for row in chunk if isinstance(row, Row) and not (job.leaders and job.leaders.find(row) is not None)
+            ]
+            for row, ids in maker.tokenize(asked):
+                wanted = row.params.max_tokens or max_tokens
+                if isinstance(ids, RequestError):
+                    totals.errors[ids.type] += 1
+                    continue
+                if len(ids) >= max_len and maker.on_long == "error":
+                    totals.errors["prompt_too_long"] += 1
+                    continue
+                num_prompt = min(len(ids), max_len - 1)
+                totals.samples += row.n
+                totals.prompt_tokens += num_prompt * row.n
+                totals.output_tokens += min(wanted, max_len - num_prompt) * row.n
+    return totals
+
+
+class _Unloaded:
+    """Of an LLM, what counting tokens needs."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None):
+        self.config = config
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise MinisglError("the model's folder has no tokenizer: add tokenizer.json, or send token ids")
+        return self._tokenizer
+
+
+def _probe(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations and bytes that the device does in a second, when it does nothing else."""
+    a, b = (torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    operations = 2 * PROBE_SIZE**3 / _seconds(lambda: torch.mm(a, b), device)
+    return operations, 2 * PROBE_BYTES / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """The mean time of one call, after a first one."""
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    call()
+    started, count = wait(), 0
+    while time.perf_counter() - started < PROBE_S:
+        call()
+        count += 1
+        if device.type == "cuda" and count >= 100:  # launches run ahead of the device
+            break
+    return (wait() - started) / count

@@ -1,0 +1,69 @@
+"""Files that are replaced whole or not at all, and what to say when one cannot be written.
+
+Knows files. Does not know what is in them.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from minisgl.errors import MinisglError
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well, durably; else `path` stays as it was.
+
+    MinisglError when it cannot be written.
+    """
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        sync_folder(path)
+    except OSError as error:
+        raise write_failure(str(path), error) from error
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the name of a new file as durable as its content."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_failure(place: str, error: OSError) -> MinisglError:
+    """The one line for an output that could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "; free some space and run the same command again, or name a file on another disk with -o" if full else ""
+    return MinisglError(f"cannot write {place}: {error.strerror}{fix}")
+
+
+def check_writable(path: Path) -> None:
+    """MinisglError, before anything is loaded, when a results file cannot be written at `path`."""
+    if path.is_dir():
+        raise MinisglError(f"{path} is a folder; name a file for the results with -o")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise MinisglError(f"{path} cannot be written: permission denied; name another file with -o")
+    if not path.parent.is_dir():
+        raise MinisglError(
+            f"the output folder {path.parent} does not exist; make it first or name another file with -o"
+        )
+    if not is_stream(path) and not os.access(path.parent, os.W_OK):
+        raise MinisglError(f"the folder {path.parent} cannot be written to; name a file in another one with -o")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe or a device: it can be written, and neither read again nor replaced."""
+    return path.exists() and not path.is_file()

@@ -1,0 +1,215 @@
+"""Rows out of files of each format and out of Hugging Face data sets: lazily, in bounded memory, each with its index.
+
+Knows formats. Does not know what a row says. A row that cannot be read is a RowError in its place wherever a format
+lets the rows after it be found. Libraries are imported when a format needs them; JSON lines and text need none.
+"""
+
+import csv
+import gzip
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, cast
+
+from minisgl.batch_run.rows import PARAMETERS, SOURCES, RefusedRow, RowError, read_prompt, row_error
+from minisgl.errors import MinisglError
+
+# Longer than any context (a million token ids are 7 MB); a file without line ends must not be read into memory whole.
+MAX_LINE_BYTES = 64 * 1024 * 1024
+COMPRESSIONS = (".gz", ".zst")
+PARQUET_BATCH_ROWS = 256
+_BOM = b"\xef\xbb\xbf"
+_BLANK = b" \t\r\n"
+
+Rows = Iterator[tuple[int, "bytes | str | dict[str, Any] | RowError"]]
+
+
+def open_compressed(path: Path) -> BinaryIO:
+    """A file for reading; what .gz and .zst hold when it is one of them. OSError as open() raises it."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd"), 1 << 20)
+    return path.open("rb")
+
+
+def read_lines(file: BinaryIO) -> Rows:
+    """Lines of JSON: each that is not blank, unparsed."""
+    index = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        too_long = len(line) > MAX_LINE_BYTES and not line.endswith(b"\n")
+        while too_long and not line.endswith(b"\n") and line:
+            line = file.readline(MAX_LINE_BYTES)
+        if index == 0:
+            line = line.removeprefix(_BOM)
+        if too_long:
+            yield index, row_error("invalid_row", f"the line is longer than {MAX_LINE_BYTES // 1024**2} MiB")
+        elif line := line.strip(_BLANK):
+            yield index, line
+        index += 1
+
+
+def read_text(file: BinaryIO) -> Rows:
+    """Lines of text that are not blank: a prompt each."""
+    for index, line in read_lines(file):
+        if isinstance(line, bytes):
+            try:
+                yield index, line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                message = f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}"
+                yield index, row_error("invalid_prompt", message)
+        else:
+            yield index, line
+
+
+def read_json(file: BinaryIO) -> Rows:
+    """The elements of a JSON array. A file of JSON lines, which many call .json too, is read as such."""
+    buffered = io.BufferedReader(cast(Any, file))
+    start = buffered.peek(1 << 16).removeprefix(_BOM).lstrip()
+    if start[:1] != b"[":
+        yield from read_lines(cast(BinaryIO, buffered))
+        return
+    import ijson  # not at the top: only arrays need it
+
+    index = -1
+    try:
+        for index, value in enumerate(ijson.items(buffered, "item", use_float=True)):
+            yield index, json.dumps(value).encode()
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise MinisglError(f"the JSON array breaks off after {index + 1:,} elements ({first}): repair it") from error
+
+
+def read_csv(file: BinaryIO) -> Rows:
+    """The rows of a table with a header. Cells are text; those of parameters are read as JSON where they are."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # What is no UTF-8 becomes halves of surrogate pairs, so that only its own row is refused.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    lines = csv.reader(text)
+    names = next(lines, [])
+    if len(set(names)) < len(names):
+        raise MinisglError(f"the header of the CSV file names a column twice: {', '.join(names)}")
+    for index, cells in enumerate(_csv_rows(lines)):
+        if isinstance(cells, RowError):
+            yield index, cells
+        elif len(cells) != len(names):
+            yield index, row_error("invalid_row", f"the row has {len(cells)} cells; the header has {len(names)}")
+        else:
+            try:
+                yield index, {name: _cell(name, read_prompt(cell)) for name, cell in zip(names, cells, strict=True)}
+            except RefusedRow:
+                yield index, row_error("invalid_row", "the row is not UTF-8")
+
+
+def _csv_rows(lines: Any) -> Iterator[list[str] | RowError]:
+    while True:
+        try:
+            cells = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield row_error("invalid_row", f"not a row of CSV: {error}")
+        else:
+            if cells:  # not a blank line
+                yield cells
+
+
+def _cell(name: str, text: str) -> Any:
+    if name in ("n", "messages", "prompt_token_ids") or (name in PARAMETERS and name not in SOURCES):
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            return text
+    return text
+
+
+def read_parquet(file: BinaryIO) -> Rows:
+    """The rows of a Parquet file, a batch at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with TemporaryFile() as unpacked:
+        if isinstance(file, gzip.GzipFile) or not file.seekable():
+            shutil.copyfileobj(file, unpacked)  # the format begins at the end of the file
+            file = cast(BinaryIO, unpacked)
+        try:
+            batches = pq.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH_ROWS)
+            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches))
+        except pa.ArrowException as error:
+            raise MinisglError(f"not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def count_parquet(path: Path) -> int | None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        count: int = pq.ParquetFile(path).metadata.num_rows
+    except (pa.ArrowException, OSError):  # reading it says what is wrong
+        return None
+    return count
+
+
+# -- Hugging Face data sets --
+
+
+def load_hub(name: str, split: str | None) -> Any:
+    """`ORG/NAME[:CONFIG]` of the hub, streamed. MinisglError names the splits or configurations that there are."""
+    datasets = _import_datasets()
+    repository, _, config = name.partition(":")
+    try:
+        splits = datasets.get_dataset_split_names(repository, config or None)
+        return datasets.load_dataset(
+            repository, config or None, split=_choose(split, splits, f"hf:{name}"), streaming=True
+        )
+    except MinisglError:
+        raise
+    except Exception as error:  # no such name or configuration, no network, and what the hub's clients raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MinisglError(f"cannot read hf:{name}: {first}") from error
+
+
+def load_saved(path: Path, split: str | None) -> Any:
+    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote to a folder, mapped into memory."""
+    datasets = _import_datasets()
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:  # a damaged file raises anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MinisglError(f"{path} cannot be read as a saved data set: {first}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        return saved[_choose(split, list(saved), str(path))]
+    if split is not None:
+        raise MinisglError(f"{path} has no splits: leave --split out")
+    return saved
+
+
+def count_data_set(data: Any, split: str | None) -> int | None:
+    """The rows of a data set, where it knows them."""
+    if hasattr(data, "num_rows"):
+        return int(data.num_rows)
+    known = (data.info.splits or {}).get(split or str(data.split))
+    return known.num_examples if known is not None and known.num_examples else None
+
+
+def _choose(split: str | None, splits: list[str], name: str) -> str:
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split is None or split not in splits:
+        asked = "has several splits" if split is None else f"has no split {split!r}"
+        raise MinisglError(f"{name} {asked}: name one with --split ({', '.join(splits)})")
+    return split
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MinisglError("data sets need the package `datasets`: pip install datasets") from None
+    return datasets

@@ -1,0 +1,287 @@
+"""Where the answers of a job go, and which rows of it are done already.
+
+    OUT.jsonl, rows as they finish     is its own journal
+    any other file                     is written from OUT.journal.jsonl when the last row is there
+    stdout, a pipe or a device         gets rows as they finish; nothing can go on with it later
+
+Knows files and what may be mixed in one. Does not know how rows are answered.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO, Protocol, cast
+
+from minisgl.batch_run.answers import Line
+from minisgl.batch_run.files import check_writable, is_stream, write_failure
+from minisgl.batch_run.journal import Journal
+from minisgl.batch_run.manifest import Manifest, load_manifest, manifest_path
+from minisgl.batch_run.rows import BadRow, Row
+from minisgl.batch_run.tables import TABLES, write_table
+from minisgl.errors import MinisglError
+
+OnDone = Callable[[Row | BadRow], object]
+
+NOT_WRITTEN = (".json", ".txt", ".gz", ".zst")
+JOURNAL_SUFFIX = ".journal.jsonl"
+
+
+class Output(Protocol):
+    """What a job writes to.
+
+    target: its name for people. place: where finished rows are before the job has ended. can_go_on: whether another
+    run can. num_rows, num_failed: rows in it, with those of earlier runs.
+    """
+
+    @property
+    def target(self) -> str: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def can_go_on(self) -> bool: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_failed(self) -> int: ...
+
+    def pending(self, rows: Iterable[Row | BadRow], on_done: OnDone) -> Iterator[Row | BadRow]:
+        """The rows that are not done yet; the others go to `on_done`."""
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Write finished rows."""
+
+    def read(self, index: int) -> bytes:
+        """The line of a row that is done."""
+
+    def finish(self, *, complete: bool) -> None:
+        """End a job that has no row left; `complete`: of the whole input."""
+
+    def close(self) -> None:
+        """End a job in any way; what was appended stays."""
+
+
+def open_output(
+    target: str,
+    manifest: Manifest,
+    *,
+    ordered: bool = False,
+    dedup: bool = False,
+    fresh: bool = False,
+    retry_errors: bool = False,
+) -> Output:
+    """The output `target`, "-" being stdout, locked and ready to go on. MinisglError when that cannot be.
+
+    `fresh` throws away what is there, once the first row is done; `retry_errors` throws away the rows that failed.
+    """
+    if target == "-" or is_stream(Path(target)):
+        if retry_errors:
+            raise MinisglError("--retry-errors needs an output that can be read again: name a file with -o")
+        return SpooledStream(target, ordered) if ordered or dedup else Stream(target)
+    return OutputFile(Path(target), manifest, ordered=ordered, fresh=fresh, retry_errors=retry_errors)
+
+
+def check_target(target: str) -> None:
+    """MinisglError, before anything is loaded, when `target` cannot be an output."""
+    if target.endswith(NOT_WRITTEN):
+        raise MinisglError(f"{target}: results are written as .jsonl, .csv or .parquet; name such a file with -o")
+    if target == "-" and sys.stdout is None:
+        raise MinisglError("stdout is closed; name a file for the results with -o")
+    if target != "-":
+        check_writable(Path(target))
+
+
+def journal_path(path: Path, *, ordered: bool) -> Path:
+    """The journal of an output: itself where it may be, else the file beside it."""
+    is_own = path.suffix not in TABLES and not ordered
+    return path if is_own else path.with_name(path.name + JOURNAL_SUFFIX)
+
+
+class OutputFile:
+    """A results file, its journal and its manifest."""
+
+    can_go_on = True
+
+    def __init__(self, path: Path, manifest: Manifest, *, ordered: bool, fresh: bool, retry_errors: bool):
+        self.path, self.manifest, self.ordered = path, manifest, ordered
+        self.manifest_path = manifest_path(path)
+        self.journal_path = journal_path(path, ordered=ordered)
+        self._existed = self.journal_path.exists()
+        before = self._check_ours(fresh)
+        self.journal = Journal(self.journal_path)
+        try:
+            self._to_clear = fresh or before is None or before.settings != manifest.settings
+            if not self._to_clear:
+                self.journal.load()
+            if retry_errors and self.journal.num_failed:
+                self.manifest.save(self.manifest_path)  # no longer a complete one
+                self.journal.keep(lambda line: not line.failed)
+            self._begun = False
+            self._changed = not (before and before.complete and path.exists()) or self._to_clear or retry_errors
+            self._num_before, self._num_skipped = self.journal.num_rows, 0
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def target(self) -> str:
+        return str(self.path)
+
+    @property
+    def place(self) -> str:
+        return str(self.journal_path)
+
+    @property
+    def num_rows(self) -> int:
+        return self.journal.num_rows
+
+    @property
+    def num_failed(self) -> int:
+        return self.journal.num_failed
+
+    def _check_ours(self, fresh: bool) -> Manifest | None:
+        """The manifest of what is there; MinisglError when it must not be touched."""
+        if fresh:
+            return None
+        before = load_manifest(self.manifest_path)
+        num_bytes = sum(path.stat().st_size for path in {self.path, self.journal_path} if path.exists())
+        if before is None and num_bytes:
+            raise MinisglError(
+                f"{self.path} exists and is no output to go on with ({self.manifest_path.name} is missing): "
+                "--fresh replaces it, or name another output with -o"
+            )
+        if before and num_bytes and (changes := before.differences(self.manifest)):
+            raise MinisglError(
+                f"{self.path} was made by another command: {'; '.join(changes)}. "
+                "--fresh starts it anew, or name another output with -o"
+            )
+        return before
+
+    def pending(self, rows: Iterable[Row | BadRow], on_done: OnDone) -> Iterator[Row | BadRow]:
+        """The rows that are not done yet. MinisglError for a row that is done, but was another one then."""
+        for row in rows:
+            key = self.journal.key(row.head.index)
+            if not key:
+                yield row
+            elif key == row.head.key:
+                self._num_skipped += 1
+                on_done(row)
+            else:
+                raise MinisglError(
+                    f"the input has changed: {row.head.place} is not the row that {self.journal_path} has an answer "
+                    "for. --fresh starts anew, or name another output with -o"
+                )
+
+    def append(self, lines: Sequence[Line]) -> None:
+        self._begin()
+        self._changed = True
+        self.journal.append(lines)
+
+    def _begin(self) -> None:
+        """Before the first row: now what was there may go. In an order in which a crash never mixes two jobs."""
+        if not self._begun:
+            if self._to_clear:
+                self.journal.clear()
+            self.manifest.save(self.manifest_path)
+            self._begun = True
+
+    def read(self, index: int) -> bytes:
+        return self.journal.read(index)
+
+    def finish(self, *, complete: bool) -> None:
+        """Make the output durable and whole. MinisglError when it has rows that the input no longer has."""
+        self._begin()
+        self.journal.finish()
+        if complete and self._num_skipped != self._num_before:
+            raise MinisglError(
+                f"the input has changed: {self._num_before - self._num_skipped:,} rows in {self.journal_path} are no "
+                "longer in it. --fresh starts anew, or name another output with -o"
+            )
+        if self.journal_path != self.path and self._changed:
+            write_table(self.path, lambda: self.journal.lines(ordered=self.ordered))
+        Manifest(self.manifest.settings, complete, self.num_rows).save(self.manifest_path)
+
+    def close(self) -> None:
+        self.journal.close()
+        if not self._existed and not self.journal.size and not self.manifest_path.exists():
+            self.journal_path.unlink(missing_ok=True)
+
+
+class Stream:
+    """Stdout, a pipe or a device: rows go out as they finish, and no copy is kept."""
+
+    can_go_on = False
+
+    def __init__(self, target: str):
+        self.target = self.place = "stdout" if target == "-" else target
+        self._is_stdout = target == "-"
+        self.num_rows = self.num_failed = 0
+        self._file: BinaryIO | None = None
+
+    def pending(self, rows: Iterable[Row | BadRow], on_done: OnDone) -> Iterator[Row | BadRow]:
+        return iter(rows)
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Write the lines and flush. MinisglError when that fails."""
+        try:
+            if self._file is None:
+                self._file = sys.stdout.buffer if self._is_stdout else _open_raw(self.target)
+            for line in lines:
+                rest = memoryview(line.data)
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+            self._file.flush()
+        except OSError as error:
+            self._silence()
+            raise write_failure(self.target, error) from error
+        self.num_rows += len(lines)
+        self.num_failed += sum(line.failed for line in lines)
+
+    def read(self, index: int) -> bytes:
+        raise AssertionError("a stream cannot be read again")
+
+    def finish(self, *, complete: bool) -> None:
+        self.append([])
+
+    def close(self) -> None:
+        if self._file is not None and not self._is_stdout:
+            with suppress(OSError):
+                self._file.close()
+
+    def _silence(self) -> None:
+        """After a failed write to stdout, let Python flush the rest into nothing when it exits."""
+        if self._is_stdout:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_raw(path: str) -> BinaryIO:
+    return cast(BinaryIO, open(path, "wb", buffering=0))  # what failed to be written is not tried again
+
+
+class SpooledStream(Stream):
+    """A stream that gets its rows at the end, from a temporary journal: in order, or with rows that repeat others."""
+
+    def __init__(self, target: str, ordered: bool):
+        super().__init__(target)
+        self.ordered = ordered
+        self._folder = TemporaryDirectory(prefix="minisgl-")
+        self._journal = Journal(Path(self._folder.name) / "journal.jsonl")
+
+    def append(self, lines: Sequence[Line]) -> None:
+        self._journal.append(lines)
+        self.num_rows, self.num_failed = self._journal.num_rows, self._journal.num_failed
+
+    def read(self, index: int) -> bytes:
+        return self._journal.read(index)
+
+    def finish(self, *, complete: bool) -> None:
+        for data in self._journal.lines(ordered=self.ordered):
+            super().append([Line(0, 0, False, data)])
+
+    def close(self) -> None:
+        super().close()
+        self._journal.close()
+        self._folder.cleanup()

@@ -1,0 +1,209 @@
+"""Records become rows: which columns make the prompt, which are parameters, which are carried over.
+
+Knows the forms that a row may have. Does not know where records come from or what becomes of rows.
+"""
+
+import base64
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minisgl.batch_run.openai_batch import is_batch_line, read_batch_head, read_batch_row
+from minisgl.batch_run.rows import (
+    KEYS,
+    BadRow,
+    Head,
+    Record,
+    RefusedRow,
+    Row,
+    RowError,
+    RowId,
+    kind,
+    load_json,
+    read_id,
+    read_messages,
+    read_n,
+    read_params,
+    read_prompt,
+    read_question,
+    refuse,
+    row_error,
+    suspect,
+)
+from minisgl.errors import MinisglError
+from minisgl.request import SamplingParams
+
+
+class Template:
+    """A Jinja template over a row's columns, in Jinja's sandbox. MinisglError when it cannot be compiled.
+
+    text: the template. names: the columns that it reads.
+    """
+
+    def __init__(self, source: str):
+        """`source` is the name of a file, or the template itself."""
+        from jinja2 import StrictUndefined, TemplateError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.text = _read_text(source) or source
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+        try:
+            self.names = meta.find_undeclared_variables(environment.parse(self.text))
+            self._template = environment.from_string(self.text)
+        except TemplateError as error:
+            raise MinisglError(f"--template cannot be read: {error}") from error
+
+    def render(self, columns: dict[str, Any]) -> str:
+        """The text of one row; RefusedRow when the template fails on it, as it may in any way."""
+        try:
+            return self._template.render(columns)
+        except Exception as error:
+            refuse(f"the template failed: {error}", "template_failed")
+
+
+class RowParser:
+    """Makes a row of every record. Whatever a record holds, the answer is a row or a bad row, never an exception, but
+    for a table without a column that was named: that is the command's mistake, a MinisglError."""
+
+    def __init__(
+        self,
+        defaults: SamplingParams,
+        *,
+        n: int = 1,
+        chat: bool | None = None,
+        system: str | None = None,
+        prompt_column: str | None = None,
+        template: Template | None = None,
+        columns: Sequence[str] | None = None,
+        hash_key: bytes = b"",
+    ):
+        """`defaults` and `n` are for rows that name none (the flags). `chat`: True makes prompts user messages, False
+        refuses messages. `columns`: what is carried over (None: all that is not used). `hash_key`, up to 64 bytes,
+        stands for everything else that the answers depend on.
+        """
+        if system is not None and chat is False:
+            raise MinisglError("--system needs the chat template, and --no-chat turns it off: leave one of them out")
+        if prompt_column is not None and template is not None:
+            raise MinisglError("give --prompt-column or --template, not both")
+        self.defaults, self.n, self.chat, self.system = defaults, n, chat, system
+        self.prompt_column, self.template, self.columns = prompt_column, template, columns
+        self.hash_key = hash_key
+
+    def parse(self, record: Record) -> Row | BadRow:
+        index, place, value = record.index, record.place, record.value
+        head = Head(index, self._key(value), index, place)
+        try:
+            values = self._load(value)
+            if is_batch_line(values):
+                head = read_batch_head(values, head)
+                return self._with_chat(read_batch_row(values, head, self.defaults, self.n))
+            if self.template or self.prompt_column is not None:
+                question, used = self._map(values, is_table=isinstance(value, dict))
+                head = Head(index, head.key, _lenient_id(values, index), place, self._carry(values, used))
+                return self._with_chat(Row(head, self.defaults, n=self.n, **question))
+            id_ = values.get("id")
+            head = Head(index, head.key, index if id_ is None else read_id(id_), place, self._carry(values, {*KEYS}))
+            self._check_keys(values)
+            params, n = read_params(values, self.defaults), read_n(values.get("n"), self.n)
+            return self._with_chat(Row(head, params, n=n, **read_question(values)))
+        except RefusedRow as refused:
+            return BadRow(head, row_error(refused.type, str(refused)))
+
+    def _load(self, value: bytes | str | dict[str, Any] | RowError) -> dict[str, Any]:
+        if isinstance(value, RowError):
+            refuse(value.message, value.type)
+        if isinstance(value, str):
+            return {self.prompt_column or "text": value} if self.template or self.prompt_column else {"prompt": value}
+        values = load_json(value) if isinstance(value, bytes) else value
+        if not isinstance(values, dict):
+            refuse(f"a row must be a JSON object, not {kind(values)}")
+        return values
+
+    def _map(self, values: dict[str, Any], is_table: bool) -> tuple[dict[str, Any], set[str]]:
+        """The prompt that --template or --prompt-column makes of a row, and the columns that went into it."""
+        used = self.template.names if self.template else {str(self.prompt_column)}
+        missing = sorted(used - set(values))
+        if missing and (is_table or not self.template):
+            flag = "--template" if self.template else "--prompt-column"
+            message = f"{flag} names {missing[0]!r}; the columns are: {', '.join(map(str, values))}"
+            if is_table:
+                raise MinisglError(message)
+            refuse(message)
+        if self.template:
+            return {"prompt": read_prompt(self.template.render(values))}, used
+        value = values[str(self.prompt_column)]
+        if isinstance(value, list):
+            return {"messages": read_messages(value)}, used
+        return {"prompt": read_prompt(value)}, used
+
+    def _with_chat(self, row: Row) -> Row:
+        """The row as --chat, --no-chat and --system want it."""
+        if row.messages is not None and self.chat is False:
+            refuse("messages need the chat template, and --no-chat turns it off", "invalid_messages")
+        messages = row.messages
+        if row.prompt is not None and row.head.form == "row" and (self.chat or self.system is not None):
+            messages = [{"role": "user", "content": row.prompt}]
+        if messages is None:
+            return row
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return Row(row.head, row.params, messages=messages, n=row.n)
+
+    def _carry(self, values: dict[str, Any], used: set[str]) -> dict[str, Any]:
+        if self.columns is not None:
+            return {name: values[name] for name in self.columns if name in values}
+        return {name: value for name, value in values.items() if name not in used and name != "id"}
+
+    def _check_keys(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if value is None or key in KEYS or (self.columns is not None and key in self.columns):
+                continue
+            if reason := suspect(key):
+                refuse(reason)
+
+    def _key(self, value: bytes | str | dict[str, Any] | RowError) -> int:
+        """64 bits of the row's content and of what else its answer depends on; never 0."""
+        if isinstance(value, dict):
+            value = json.dumps(value, sort_keys=True, default=jsonable)
+        content = repr(value).encode() if isinstance(value, RowError) else value
+        if isinstance(content, str):
+            content = content.encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(content, digest_size=8, key=self.hash_key).digest(), "big") or 1
+
+
+def question_hash(row: Row) -> bytes:
+    """Equal for rows that ask the same with the same parameters, whatever else they carry."""
+    content = repr((row.prompt, row.messages, row.prompt_token_ids, row.params, row.n, row.head.form))
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def jsonable(value: Any) -> Any:
+    """What stands in JSON for the values of tables that it has no type for."""
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
+        return value.isoformat()
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _lenient_id(values: dict[str, Any], index: int) -> RowId:
+    """A data set's own id, if it has one that is of use."""
+    try:
+        return read_id(values.get("id", index))
+    except RefusedRow:
+        return index
+
+
+def _read_text(source: str) -> str | None:
+    """The text of the file of that name; None when there is none, as for a template that is given on the line."""
+    try:
+        return Path(source).read_text(encoding="utf-8") if Path(source).is_file() else None
+    except UnicodeDecodeError:
+        raise MinisglError(f"--template: {source} is not UTF-8 text") from None
+    except (OSError, ValueError) as error:  # too long for a name, or not readable
+        if isinstance(error, PermissionError):
+            raise MinisglError(f"--template: {source} cannot be read: {error.strerror}") from error
+        return None
