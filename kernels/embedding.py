@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.skinny_matmul import Stream, stream_reference
 
 
 def embedding_reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -23,16 +25,33 @@ def embedding_reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 
 @triton.jit(do_not_specialize=["ids_ptr"])  # ids may be a slice of any alignment
 def _embedding_kernel(
-    ids_ptr, weight_ptr, y_ptr, weight_stride, VOCAB: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr,
+    weight_ptr,
+    y_ptr,
+    norm_ptr,
+    scaled_ptr,
+    squares_ptr,
+    weight_stride,
+    VOCAB: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TO_STREAM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     ROW_PROGRAMS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // ROW_PROGRAMS).to(tl.int64)
     cols = tl.program_id(0) % ROW_PROGRAMS * BLOCK + tl.arange(0, BLOCK)
     mask = cols < HIDDEN
+    wait_for_previous_kernel(PDL)
     row = tl.load(ids_ptr + token).to(tl.int64)
     readable = tl.where((row >= 0) & (row < VOCAB), HIDDEN, 0)
     y = tl.load(weight_ptr + row * weight_stride + cols, mask=cols < readable, other=0.0)
     tl.store(y_ptr + token * HIDDEN + cols, y, mask=mask)
+    if TO_STREAM:
+        wide = y.to(tl.float32)
+        scaled = wide * tl.load(norm_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        tl.store(scaled_ptr + token * HIDDEN + cols, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
+        tl.store(squares_ptr + tl.program_id(0), tl.sum(wide * wide, 0))  # [T, ROW_PROGRAMS]
 
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -40,27 +59,64 @@ def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Returns y  # [T, D] in weight's dtype. Raises ValueError for a wrong shape, stride, dtype or device.
     """
+    _check(ids, weight)
+    if not use_triton(weight):
+        return embedding_reference(ids, weight)
+    y = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    _launch(ids, weight, y)
+    return y
+
+
+def embedding_stream(ids: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> Stream:
+    """`embedding` as the residual stream before the norm with norm_weight  # [D]; arguments and errors as there."""
+    _check(ids, weight)
+    check(norm_weight.shape == weight.shape[1:], f"norm_weight: expected [{weight.shape[1]}]")
+    check_same("norm_weight", norm_weight, device=weight.device, dtype=weight.dtype)
+    if not use_triton(weight):
+        return stream_reference(embedding_reference(ids, weight), norm_weight, eps)
+    y = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
+    parts = triton.cdiv(y.shape[1], _block(y.shape[1]))
+    stream = Stream(y, torch.empty_like(y), torch.empty(len(y), parts, dtype=torch.float32, device=y.device), eps)
+    _launch(ids, weight, y, norm_weight, stream.scaled, stream.squares)
+    return stream
+
+
+def _check(ids: torch.Tensor, weight: torch.Tensor) -> None:
     check(ids.dim() == 1, f"ids: expected [T], got {list(ids.shape)}")
     check(ids.is_contiguous(), "ids: must be contiguous")
     check(weight.dim() == 2 and weight.shape[0] > 0, f"weight: expected [V, D], got {list(weight.shape)}")
     check(weight.stride(-1) == 1, "weight: last dimension must be contiguous")
     check_same("ids", ids, device=weight.device, dtype=torch.int32)
-    if not use_triton(weight):
-        return embedding_reference(ids, weight)
 
-    vocab, hidden = weight.shape
-    y = torch.empty(len(ids), hidden, dtype=weight.dtype, device=weight.device)
+
+def _block(hidden: int) -> int:
+    return min(int(triton.next_power_of_2(hidden)), 1024)
+
+
+def _launch(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    norm_weight: torch.Tensor | None = None,
+    scaled: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
+) -> None:
     if y.numel() == 0:
-        return y
-    block = min(triton.next_power_of_2(hidden), 1024)
+        return
+    vocab, hidden = weight.shape
+    block = _block(hidden)
     _embedding_kernel[(len(ids) * triton.cdiv(hidden, block),)](
         ids,
         weight,
         y,
+        norm_weight,
+        scaled,
+        squares,
         weight.stride(0),  # fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide
         VOCAB=vocab,
         HIDDEN=hidden,
         BLOCK=block,
+        TO_STREAM=norm_weight is not None,
         num_warps=max(block // 256, 1),  # 8 elements a thread: one 16-byte load of bf16
+        **dependent_launch(y.device),
     )
-    return y

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, use_triton
 
 
@@ -87,9 +88,11 @@ def _prepare_step_kernel(
     kv_lens_ptr,
     PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     block = tl.program_id(1)
+    wait_for_previous_kernel(PDL)
     first = tl.load(offsets_ptr + sequence)
     count = tl.load(offsets_ptr + sequence + 1) - first
     row = tl.load(rows_ptr + sequence).to(tl.int64)
@@ -176,5 +179,6 @@ def prepare_step(
         kv_lens,
         PAGE_SIZE=page_size,
         BLOCK=BLOCK,
+        **dependent_launch(rows.device),
     )
     return PreparedStep(input_ids, positions, slots, kv_lens)

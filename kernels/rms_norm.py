@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, use_triton
 
 
@@ -42,10 +43,12 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < HIDDEN
+    wait_for_previous_kernel(PDL)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         residual_row = residual_ptr + row * residual_stride + cols
@@ -92,5 +95,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: one or two 16-byte loads
+        **dependent_launch(x.device),
     )
     return y

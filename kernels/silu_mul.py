@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, use_triton
 
 
@@ -22,12 +23,13 @@ def silu_mul_reference(x: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit
-def _silu_mul_kernel(x_ptr, y_ptr, x_stride, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(x_ptr, y_ptr, x_stride, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     # One grid axis: neighbours work on neighbouring columns, and T is not limited to the 65,535 of the second axis.
     ROW_PROGRAMS: tl.constexpr = (INTERMEDIATE + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // ROW_PROGRAMS).to(tl.int64)
     cols = tl.program_id(0) % ROW_PROGRAMS * BLOCK + tl.arange(0, BLOCK)
     mask = cols < INTERMEDIATE
+    wait_for_previous_kernel(PDL)
     gate = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     up = tl.load(x_ptr + row * x_stride + INTERMEDIATE + cols, mask=mask, other=0.0)
     wide = gate.to(tl.float32)
@@ -58,5 +60,6 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
         INTERMEDIATE=intermediate,
         BLOCK=block,
         num_warps=max(block // 256, 1),  # 8 elements a thread: one 16-byte load of bf16 from each half
+        **dependent_launch(x.device),
     )
     return y

@@ -182,9 +182,10 @@ class Engine:
         # Split-KV decode takes its largest workspace at the longest context.
         self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        for size in (1, 2):  # small steps have matmul kernels of their own; padding alone changes no row
-            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)
-            self._run(rows.decode_batch(padding, rows.tokens.shape[1]), kv)
+        for border in (0, *self.model.stream_borders):  # decodes beyond each have kernels of their own
+            if border < config.max_running:
+                padding = torch.full((border + 1,), -1, dtype=torch.int32, device=self.device)  # changes no row
+                self._run(rows.decode_batch(padding, rows.tokens.shape[1]), kv)
         del kv, decode
         rows.reset()
         torch.cuda.synchronize(self.device)

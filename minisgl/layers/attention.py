@@ -6,11 +6,13 @@ Knows which tokens decode and which prefill. Does not know how pages are found: 
 import torch
 
 from minisgl.batch import Batch
-from minisgl.kernels.attention_decode import attention_decode
+from minisgl.kernels.attention_decode import attention_decode, attention_decode_rotary
 from minisgl.kernels.attention_prefill import attention_prefill
 from minisgl.kernels.rotary import Rotary, rotary_store
+from minisgl.kernels.skinny_matmul import Stream
 from minisgl.layers import Empty
 from minisgl.layers.linear import Linear
+from minisgl.layers.rms_norm import RMSNorm
 from minisgl.models.config import ModelConfig
 
 
@@ -39,10 +41,10 @@ class Attention:
     ) -> torch.Tensor:
         """x  # [T, hidden] -> [T, hidden]. Stores the keys and values of the batch in this layer's
         k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
-        rotary = Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
+        rotary = self._rotary(cos_sin)
         q = rotary_store(self.qkv(x), batch.positions, batch.slots, k_cache, v_cache, rotary)  # [T, H, D]
-        tokens, decoding = q.shape[0], batch.num_decode
-        out = q.new_empty(tokens, self.num_heads, self.head_dim)
+        decoding = batch.num_decode
+        out = q.new_empty(q.shape)
         if decoding:
             attention_decode(
                 q[:decoding],
@@ -56,7 +58,7 @@ class Attention:
                 window=self.window,
                 out=out[:decoding],
             )
-        if tokens > decoding:
+        if len(q) > decoding:
             attention_prefill(
                 q[decoding:],
                 k_cache,
@@ -71,6 +73,36 @@ class Attention:
                 out=out[decoding:],
             )
         return self.o(out.flatten(1))
+
+    def decode(
+        self,
+        stream: Stream,
+        batch: Batch,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norm_after: RMSNorm,
+    ) -> Stream:
+        """The same for a small batch of decodes alone, added to the stream that `norm_after` reads."""
+        qkv = self.qkv.of_stream(stream)
+        out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
+        attention_decode_rotary(
+            qkv,
+            k_cache,
+            v_cache,
+            batch.page_table,
+            batch.rows,
+            batch.kv_lens,
+            batch.max_decode_len,
+            self._rotary(cos_sin),
+            scale=self.scale,
+            window=self.window,
+            out=out,
+        )
+        return self.o.into_stream(stream, out.flatten(1), norm_after)
+
+    def _rotary(self, cos_sin: torch.Tensor) -> Rotary:
+        return Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = self.qkv.tensors() | self.o.tensors()

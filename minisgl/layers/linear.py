@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import torch
 
-from minisgl.kernels.skinny_matmul import matmul
+from minisgl.kernels.skinny_matmul import Stream, matmul_into, normed_matmul
 from minisgl.layers import Empty
+from minisgl.layers.rms_norm import RMSNorm
 
 
 class Linear:
@@ -18,7 +19,15 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, I] -> [T, O]."""
-        return matmul(x, self.weight, self.bias)
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    def of_stream(self, stream: Stream, *, gated: bool = False) -> torch.Tensor:
+        """The stream normed, times the weight  # [M, D] -> [M, O], or [M, O / 2] behind a gate; M is small."""
+        return normed_matmul(stream, self.weight, self.bias, gated=gated)
+
+    def into_stream(self, stream: Stream, x: torch.Tensor, norm: RMSNorm) -> Stream:
+        """Add y of x  # [M, I] to the stream, which `norm` reads next; M is small."""
+        return matmul_into(stream, x, self.weight, self.bias, norm.weight)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found, start = {}, 0

@@ -3,8 +3,10 @@
 import torch
 
 from minisgl.kernels.silu_mul import silu_mul
+from minisgl.kernels.skinny_matmul import Stream
 from minisgl.layers import Empty
 from minisgl.layers.linear import Linear
+from minisgl.layers.rms_norm import RMSNorm
 from minisgl.models.config import ModelConfig
 
 
@@ -19,6 +21,10 @@ class MLP:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, hidden] -> [T, hidden]."""
         return self.down(silu_mul(self.gate_up(x)))
+
+    def decode(self, stream: Stream, norm_after: RMSNorm) -> Stream:
+        """The same for few tokens, added to the stream that `norm_after` reads."""
+        return self.down.into_stream(stream, self.gate_up.of_stream(stream, gated=True), norm_after)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return self.gate_up.tensors() | self.down.tensors()

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from minisgl.batch import Batch, KVCache
-from minisgl.kernels.skinny_matmul import matmul
+from minisgl.kernels.launch import use_triton
+from minisgl.kernels.skinny_matmul import Stream, normed_matmul, row_borders
 from minisgl.layers import Empty, join
 from minisgl.layers.attention import Attention
 from minisgl.layers.embedding import Embedding
@@ -27,6 +28,19 @@ class DecoderLayer:
         self.attention = Attention(empty, config, window)
         self.mlp_norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(empty, config)
+
+    def decode(
+        self,
+        stream: Stream,
+        batch: Batch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        cos_sin: torch.Tensor,
+        norm_after: RMSNorm,
+    ) -> Stream:
+        """The layer for a small batch of decodes, in six launches; `norm_after` reads what it returns."""
+        stream = self.attention.decode(stream, batch, keys, values, cos_sin, self.mlp_norm)
+        return self.mlp.decode(stream, norm_after)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return join(
@@ -55,6 +69,9 @@ class Decoder:
         self.norms_after = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]  # what reads each layer
         tied = config.tie_word_embeddings
         self.lm_head = self.embed.weight if tied else empty(config.vocab_size, config.hidden_size)  # [V, hidden]
+        # Borders of the decode batches of `_decode`: a residual times a norm's weight may be too large for float16.
+        fused = use_triton(self.lm_head) and dtype != torch.float16
+        self.stream_borders = row_borders(dtype, device) if fused else [0]
         self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_len, device)  # [max_len, D] fp32
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
@@ -63,6 +80,8 @@ class Decoder:
         Only sampled tokens get past the last attention: nothing reads the others' hidden states after it.
         `sample_index` ascends, so that it is the identity when it names all tokens (a decode step) and is not applied.
         """
+        if 0 < len(batch.input_ids) == batch.num_decode <= self.stream_borders[-1]:
+            return self._decode(batch, kv)
         residual = self.embed(batch.input_ids)  # [T, hidden]
         x = self.layers[0].attention_norm(residual)
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
@@ -71,7 +90,14 @@ class Decoder:
                 x, residual = (rows.index_select(0, batch.sample_index) for rows in (x, residual))  # [N, hidden]
             x = layer.mlp(layer.mlp_norm(x, residual))
             x = norm_after(x, residual)
-        return matmul(x, self.lm_head)
+        return torch.nn.functional.linear(x, self.lm_head)
+
+    def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """`forward` for a small batch of decodes: norms, gates and additions are part of the matmuls."""
+        stream = self.embed.stream(batch.input_ids, self.layers[0].attention_norm)
+        for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
+            stream = layer.decode(stream, batch, keys, values, self.cos_sin, norm_after)
+        return normed_matmul(stream, self.lm_head)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every checkpoint tensor's name and the parameter rows that it fills."""

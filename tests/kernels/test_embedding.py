@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minisgl.kernels.embedding import embedding, embedding_reference
+from minisgl.kernels.embedding import embedding, embedding_reference, embedding_stream
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,17 @@ def test_equals_torch(device, dtype, tokens, vocab, hidden):
     expected = torch.nn.functional.embedding(ids, weight)
     assert torch.equal(embedding(ids, weight), expected)
     assert torch.equal(embedding_reference(ids, weight), expected)
+
+
+@pytest.mark.parametrize("tokens, hidden", [(1, 1), (7, 63), (5, 1029), (2, 4096)])
+def test_stream_is_the_embedding_and_what_the_first_norm_needs(device, dtype, assert_close, tokens, hidden):
+    weight = torch.randn(50, hidden, device=device, dtype=dtype)
+    norm_weight = torch.randn(hidden, device=device, dtype=dtype)
+    ids = torch.randint(0, 50, (tokens,), device=device, dtype=torch.int32)
+    stream = embedding_stream(ids, weight, norm_weight, 1e-6)
+    assert torch.equal(stream.residual, weight[ids.long()])
+    assert_close(stream.scaled, stream.residual.double() * norm_weight.double())
+    assert_close(stream.squares.sum(1), stream.residual.double().square().sum(1))
 
 
 def test_unknown_ids_give_zeros(device, dtype):

@@ -2,9 +2,21 @@ import pytest
 import torch
 
 from minisgl.kernels import skinny_matmul as module
-from minisgl.kernels.skinny_matmul import MAX_M, matmul, skinny_matmul, skinny_matmul_reference
+from minisgl.kernels.rms_norm import rms_norm_reference
+from minisgl.kernels.silu_mul import silu_mul_reference
+from minisgl.kernels.skinny_matmul import (
+    Stream,
+    matmul_into,
+    normed_matmul,
+    row_borders,
+    skinny_matmul,
+    skinny_matmul_reference,
+    stream_reference,
+)
 
 HAS_GPU = torch.cuda.is_available()
+EPS = 1e-6
+MOST_ROWS = 16
 # N, K of Qwen3-0.6B and 8B: qkv, o, gate and up, down; and an LM head.
 MODEL_SHAPES = [
     (4096, 1024),
@@ -56,8 +68,8 @@ def test_matches_float64(device, dtype, assert_close, rows, outputs, inputs, wit
 @pytest.mark.parametrize("outputs, inputs", MODEL_SHAPES)
 @pytest.mark.usefixtures("poisoned_output")
 def test_matches_float64_at_model_shapes(device, assert_close, outputs, inputs):
-    x, weight, bias = make_problem(MAX_M, outputs, inputs, device, torch.bfloat16)
-    for rows in (1, 2, 5, MAX_M):
+    x, weight, bias = make_problem(MOST_ROWS, outputs, inputs, device, torch.bfloat16)
+    for rows in (1, 2, 5, MOST_ROWS):
         assert_close(skinny_matmul(x[:rows], weight, bias), expected(x[:rows], weight, bias))
 
 
@@ -78,9 +90,9 @@ def test_what_lies_past_the_inputs_stays_out(device, dtype):
 
 @pytest.mark.parametrize("outputs, inputs", [(63, 1000), *([(4096, 1024), (1024, 2048), (4096, 12288)] * HAS_GPU)])
 def test_a_row_does_not_depend_on_its_neighbours_or_their_number(device, dtype, outputs, inputs):
-    x, weight, bias = make_problem(MAX_M, outputs, inputs, device, dtype)
+    x, weight, bias = make_problem(MOST_ROWS, outputs, inputs, device, dtype)
     together = skinny_matmul(x, weight, bias)
-    for rows in (2, 7, MAX_M - 1):
+    for rows in (2, 7, MOST_ROWS - 1):
         assert torch.equal(skinny_matmul(x[:rows], weight, bias), together[:rows])
     x[1:] = float("nan")
     assert torch.equal(skinny_matmul(x, weight, bias)[0], together[0])
@@ -115,19 +127,71 @@ def test_waits_for_the_kernels_before_it(device, rows):
         assert torch.equal(x, one_by_one)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 16, 17, 64])
-def test_matmul_takes_any_number_of_rows(device, dtype, assert_close, rows):
-    x, weight, bias = make_problem(rows, 96, 128, device, dtype)
-    assert_close(matmul(x, weight, bias), expected(x, weight, bias))
-    assert_close(matmul(x, weight), expected(x, weight))
+def make_stream(rows, hidden, device, dtype) -> tuple[Stream, torch.Tensor]:
+    """A stream before a norm, and the norm's weight."""
+    norm_weight = torch.randn(hidden, device=device, dtype=dtype)
+    residual = 3 * torch.randn(rows, hidden, device=device, dtype=dtype)
+    stream = stream_reference(residual, norm_weight, EPS)
+    thirds = residual.float().square().tensor_split(3, dim=1)
+    return stream._replace(squares=torch.stack([part.sum(1) for part in thirds], 1)), norm_weight
 
 
-def test_rules_cover_every_shape_and_change_with_the_rows_at_the_named_borders_alone():
+def rows_to_test(dtype, device) -> list[int]:
+    return [rows for rows in (1, 2, 5, 16, 17, 33, 64, 130, 256) if rows <= row_borders(dtype, device)[-1]]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("outputs, inputs", [(1, 64), (63, 64), (130, 300), *([(1000, 1024), (3072, 2560)] * HAS_GPU)])
+@pytest.mark.usefixtures("poisoned_output")
+def test_normed_matmul_is_norm_matmul_and_gate(device, dtype, assert_close, gated, with_bias, outputs, inputs):
+    for rows in rows_to_test(dtype, device):
+        stream, norm_weight = make_stream(rows, inputs, device, dtype)
+        _, weight, bias = make_problem(rows, outputs * (1 + gated), inputs, device, dtype)
+        bias = bias if with_bias else None
+        y = expected(rms_norm_reference(stream.residual.double(), norm_weight.double(), EPS), weight, bias)
+        y = silu_mul_reference(y) if gated else y
+        assert_close(normed_matmul(stream, weight, bias, gated=gated), y)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("hidden, inputs", [(1, 64), (63, 64), (130, 300), *([(1024, 2048), (4096, 1024)] * HAS_GPU)])
+@pytest.mark.usefixtures("poisoned_output")
+def test_matmul_into_adds_and_leaves_what_the_next_norm_needs(device, dtype, assert_close, with_bias, hidden, inputs):
+    for rows in rows_to_test(dtype, device):
+        stream, norm_weight = make_stream(rows, hidden, device, dtype)
+        x, weight, bias = make_problem(rows, hidden, inputs, device, dtype)
+        bias = bias if with_bias else None
+        residual = stream.residual.double() + expected(x, weight, bias)
+        out = matmul_into(stream, x, weight, bias, norm_weight)
+        assert out.residual.data_ptr() == stream.residual.data_ptr()
+        assert_close(out.residual, residual)
+        assert_close(out.scaled, residual * norm_weight.double())
+        assert_close(out.squares.sum(1), out.residual.double().square().sum(1))
+
+
+def test_a_row_of_a_stream_does_not_depend_on_its_neighbours(device, dtype):
+    for rows in rows_to_test(dtype, device)[1:]:
+        stream, norm_weight = make_stream(rows, 130, device, dtype)
+        _, weight, _ = make_problem(rows, 260, 130, device, dtype)
+        x, into, _ = make_problem(rows, 130, 70, device, dtype)
+        together = normed_matmul(stream, weight, gated=True)
+        after = matmul_into(stream._replace(residual=stream.residual.clone()), x, into, None, norm_weight)
+        fewer = max(2, rows - 1)
+        part = Stream(*(t[:fewer] for t in stream[:3]), EPS)
+        if module._rule(fewer, weight) is module._rule(rows, weight):
+            assert torch.equal(normed_matmul(part, weight, gated=True), together[:fewer])
+        if module._rule(fewer, into) is module._rule(rows, into):
+            alone = matmul_into(part, x[:fewer], into, None, norm_weight)
+            assert all(torch.equal(a, b[:fewer]) for a, b in zip(alone[:3], after[:3], strict=True))
+
+
+def test_rules_cover_every_shape_up_to_their_last_row():
     tables = [*module.RULES.values(), module.SAFE_RULES, module.FP32_RULES]
     for rules in tables:
-        assert {rule.max_m for rule in rules} == {1, MAX_M}
-        assert [rule.max_m for rule in rules] == sorted(rule.max_m for rule in rules)
-        for max_m in (1, MAX_M):
+        borders = [rule.max_m for rule in rules]
+        assert borders == sorted(borders) and borders[0] == 1
+        for max_m in set(borders):
             last = [rule for rule in rules if rule.max_m == max_m][-1]
             assert (last.max_n, last.max_k) == (module.ANY, module.ANY)
 
@@ -156,7 +220,7 @@ def test_no_rows_and_no_outputs(device, dtype):
 def test_refuses_bad_arguments(device, bad, name):
     x, weight, bias = make_problem(4, 32, 64, device, torch.float32)
     arguments = {
-        "rows": (x.repeat(5, 1), weight, bias),
+        "rows": (x.repeat(200, 1), weight, bias),
         "x stride": (x.t().contiguous().t(), weight, bias),
         "x dtype": (x.int(), weight, bias),
         "x float64": (x.double(), weight.double(), bias.double()),
@@ -169,3 +233,23 @@ def test_refuses_bad_arguments(device, bad, name):
     }
     with pytest.raises(ValueError, match=f"^{name}:"):
         skinny_matmul(*arguments[bad])
+
+
+@pytest.mark.parametrize("bad", ["stream rows", "stream parts", "stream dtype", "norm_weight", "weight"])
+def test_refuses_a_bad_stream(device, bad):
+    stream, norm_weight = make_stream(4, 32, device, torch.float32)
+    x, weight, _ = make_problem(4, 32, 64, device, torch.float32)
+    if bad == "weight":
+        with pytest.raises(ValueError, match="^weight: expected an even"):
+            normed_matmul(stream, weight[:31, :32], gated=True)
+        return
+    if bad == "stream rows":
+        stream = Stream(stream.residual[:3], stream.scaled[:3], stream.squares[:3], EPS)
+    elif bad == "stream parts":
+        stream = stream._replace(squares=stream.squares[:3])
+    elif bad == "stream dtype":
+        stream = stream._replace(scaled=stream.scaled.half())
+    else:
+        norm_weight = norm_weight[:-1]
+    with pytest.raises(ValueError, match=f"^{bad.split()[0]}"):
+        matmul_into(stream, x, weight, None, norm_weight)

@@ -1,7 +1,16 @@
 import torch
 
 from minisgl.kernels import skinny_matmul as module
-from minisgl.kernels.skinny_matmul import FP32_RULES, RULES, SAFE_RULES, Rule, skinny_matmul
+from minisgl.kernels.skinny_matmul import (
+    FP32_RULES,
+    RULES,
+    SAFE_RULES,
+    Rule,
+    Stream,
+    matmul_into,
+    normed_matmul,
+    skinny_matmul,
+)
 
 
 def launch() -> None:
@@ -13,7 +22,12 @@ def launch() -> None:
 
 
 def _launch(rule: Rule, inputs: int, dtype: torch.dtype) -> None:
-    outputs, inputs = min(rule.max_n, 40_000), min(rule.max_k, inputs)
-    x, weight = torch.empty(rule.max_m, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
+    rows, outputs, inputs = rule.max_m, min(rule.max_n, 40_000), min(rule.max_k, inputs)
+    x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
     skinny_matmul(x, weight)
     skinny_matmul(x, weight, torch.empty(outputs, dtype=dtype))
+    squares = torch.empty(rows, 512)
+    normed_matmul(Stream(x, x, squares, 1e-6), weight)
+    normed_matmul(Stream(x, x, squares, 1e-6), weight, gated=True)
+    residual = torch.empty(rows, outputs, dtype=dtype)
+    matmul_into(Stream(residual, residual, squares, 1e-6), x, weight, None, weight.new_empty(outputs))
