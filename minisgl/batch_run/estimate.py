@@ -78,7 +78,7 @@ def estimate(options: JobOptions) -> str:
             f"tokens   {totals.prompt_tokens:,} prompt, at most {totals.output_tokens:,} output",
             f"memory   {weight_bytes / 2**30:,.2f} GiB weights, {kv_total / 2**30:,.2f} GiB KV for {running:,} rows at "
             f"once of {mean_len:,.0f} tokens ({config.dtype})",
-            f"time     at least {tqdm.format_interval(max(compute_s, read_s))} on {config.device} "
+            f"time     {tqdm.format_interval(max(compute_s, read_s))} or more for all of that, on {config.device} "
             f"({operations_per_s / 1e12:,.2f} TFLOP/s, {bytes_per_s / 1e9:,.0f} GB/s measured), loading not counted",
         ]
     )
@@ -94,9 +94,9 @@ def _count(job: Job, config: EngineConfig, tokenizer: Tokenizer | None, max_toke
             bar.update(len(chunk))
             totals.rows += len(chunk)
             totals.errors.update(row.error.type for row in chunk if isinstance(row, BadRow))
-            asked = [
-                row for row in chunk if isinstance(row, Row) and not (job.leaders and job.leaders.find(row) is not None)
-            ]
+            asked = [row for row in chunk if isinstance(row, Row)]
+            if job.leaders:
+                asked = [row for row in asked if job.leaders.find(row) is None]
             for row, ids in maker.tokenize(asked):
                 wanted = row.params.max_tokens or max_tokens
                 if isinstance(ids, RequestError):

@@ -21,7 +21,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     """
     draft = path.with_name(path.name + ".tmp")
     try:
-        with draft.open("wb") as file:
+        with draft.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """The runner's own logic, on an engine that is not there: rows are isolated, memory is bounded, nothing is lost."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from minisgl.batch_run import prompts
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.parser import RowParser
+from minisgl.batch_run.prompts import Leaders
 from minisgl.batch_run.rows import BadRow, Head, Record, Row
 from minisgl.batch_run.runner import BatchRun, Summary
 from minisgl.errors import MinisglError
@@ -186,7 +188,13 @@ def test_reading_ahead_is_bounded(fake_llm: Any, num_rows: int) -> None:
 
 def test_the_engine_never_runs_dry(fake_llm: Any) -> None:
     """Rows are refilled while others run: fewer steps than one window after another would take."""
-    job = Job(fake_llm(max_running=8), max_inflight=64)
+
+    class SlowLLM(fake_llm):  # type: ignore[misc]
+        def step(self) -> Any:
+            time.sleep(0.002)  # a device's step leaves the feeder time
+            return super().step()
+
+    job = Job(SlowLLM(max_running=8), max_inflight=64)
     job(row(index) for index in range(320))
     assert job.llm.steps <= 320 * 2 / 8 + 8  # two steps a row, eight at once
 
@@ -207,3 +215,78 @@ def test_what_is_finished_is_kept_when_the_engine_stops(fake_llm: Any, failure: 
     with pytest.raises(type(failure)):
         job(row(index) for index in range(100))
     assert 0 < job.run.summary.rows == len(job.rows) < 100
+
+
+def test_samples_of_a_row_have_their_own_seeds(fake_llm: Any) -> None:
+    job = Job(fake_llm(), n=3)
+    job(rows_of({"prompt": "a", "seed": 5}, {"prompt": "b", "n": 1}, n=3))
+    assert [sample["text"] for sample in job.rows[0]["samples"]] == [
+        f"answer {sample * prompts.SAMPLE_STRIDE}" for sample in range(3)
+    ]
+    assert [job.llm.params[sample * prompts.SAMPLE_STRIDE].seed for sample in range(3)] == [5, 6, 7]
+    assert "samples" not in job.rows[1]
+
+
+def test_rows_that_ask_the_same_are_answered_once(fake_llm: Any) -> None:
+    values = [{"prompt": f"p{index % 4}", "id": f"row {index}", "label": index} for index in range(40)]
+    job = Job(fake_llm(), leaders=Leaders(), max_inflight=8)
+    assert job(rows_of(*values)).rows == 40
+    assert len(job.llm.prompts) == 4
+    for index in range(40):
+        row = job.rows[index]
+        assert (row["id"], row["label"]) == (f"row {index}", index)
+        assert row["text"] == f"answer {index % 4}"
+    assert len({row["key"] for row in job.rows.values()}) == 40
+
+
+def test_a_repeated_row_that_failed(fake_llm: Any) -> None:
+    job = Job(fake_llm(), leaders=Leaders())
+    summary = job(rows_of(*[{"prompt": "x" * 101}] * 2, *[{"prompt": "x", "stop": "ENGINE"}] * 2))
+    assert summary.num_errors == 4
+    assert [job.rows[index]["error"]["type"] for index in range(4)] == ["prompt_too_long"] * 2 + ["invalid_request"] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_prompts_are_cut(fake_llm: Any, side: Any) -> None:
+    job = Job(fake_llm(), on_long=f"truncate-{side}")
+    text = "".join(chr(200 + index) for index in range(150))
+    job(rows_of({"prompt": text, "max_tokens": 10}, {"prompt": "short", "max_tokens": 99}))
+    ids = [200 + index for index in range(150)]
+    assert job.llm.prompts[0] == (ids[-90:] if side == "left" else ids[:90])
+    assert len(job.llm.prompts[1]) == 5
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_long_conversations_lose_text_and_keep_their_template(fake_llm: Any, side: Any) -> None:
+    job = Job(fake_llm(), on_long=f"truncate-{side}")
+    text = "".join(chr(200 + index) for index in range(150))
+    messages = [{"role": "system", "content": "Be"}, {"role": "user", "content": text}]
+    job(rows_of({"messages": messages, "max_tokens": 10}))
+    ids = job.llm.prompts[0]
+    assert len(ids) == 90 and ids[:3] == [1, ord("B"), ord("e")] and ids[-1] == 2
+    assert ids[3:-1] == ([349 - 85 + index for index in range(86)] if side == "left" else list(range(200, 286)))
+
+
+def test_a_run_that_is_stopped_finishes_what_runs(fake_llm: Any) -> None:
+    llm = fake_llm(max_running=8)
+    job = Job(llm, should_stop=lambda: llm.steps >= 5)
+    summary = job(row(index) for index in range(100))
+    assert summary.stopped and llm.num_unfinished == 0
+    assert 0 < len(job.rows) < 40
+
+
+def test_too_many_errors_end_the_run(fake_llm: Any) -> None:
+    job = Job(fake_llm(), max_errors=3)
+    with pytest.raises(MinisglError, match="4 rows failed, more than --max-errors 3"):
+        job(rows_of(b"1", b"2", b"3", b"4"))
+    assert len(job.rows) == 4
+    Job(fake_llm(), max_errors=4)(rows_of(b"1", b"2", b"3", b"4"))
+
+
+def test_what_reading_raises_ends_the_run(fake_llm: Any) -> None:
+    def rows() -> Iterator[Row]:
+        yield row(0)
+        raise MinisglError("the file breaks off")
+
+    with pytest.raises(MinisglError, match="breaks off"):
+        Job(fake_llm())(rows())
