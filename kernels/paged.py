@@ -97,9 +97,10 @@ def check_attention(
     kv_lens: torch.Tensor,
     scale: float,
     window: int,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError, naming the argument, unless these fit together; see the launchers for the shapes."""
+    """Raise ValueError, naming the argument, unless these fit together; see the launchers for the shapes. out: None
+    where a workspace takes the result."""
     if q.dim() != 3:
         raise ValueError(f"q: expected [T, H, D], got {list(q.shape)}")
     _, heads, head_dim = q.shape
@@ -116,9 +117,12 @@ def check_attention(
         raise ValueError(f"k_cache: {kv_heads} KV heads do not divide {heads} query heads")
     if v_cache.shape != k_cache.shape:
         raise ValueError(f"v_cache: expected {list(k_cache.shape)}, got {list(v_cache.shape)}")
-    if out.shape != q.shape:
-        raise ValueError(f"out: expected {list(q.shape)}, got {list(out.shape)}")
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
+    same = {"k_cache": k_cache, "v_cache": v_cache}
+    if out is not None:
+        same["out"] = out
+        if out.shape != q.shape:
+            raise ValueError(f"out: expected {list(q.shape)}, got {list(out.shape)}")
+    for name, x in same.items():
         check_same(name, x, device=q.device, dtype=q.dtype)
         if not x.is_contiguous():
             raise ValueError(f"{name}: must be contiguous, got strides {x.stride()}")

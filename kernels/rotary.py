@@ -76,8 +76,9 @@ def load_rotated(
 ):
     """Load, norm and rotate heads that start at heads_ptr  # [BLOCK_HEADS]; returns fp32  # [BLOCK_HEADS, BLOCK_D].
 
-    table_row: the position's cosines, then sines. Each value is loaded twice, the second time as its partner in the
-    other half, so that no value needs to cross from one thread to another."""
+    table_row: where the position's cosines start, before its sines; of all heads, or [BLOCK_HEADS, 1], of each. Each
+    value is loaded twice, the second time as its partner in the other half, so that no value needs to cross from one
+    thread to another."""
     HALF: tl.constexpr = HEAD_DIM // 2
     dims = tl.arange(0, BLOCK_D)
     in_first_half = dims < HALF
@@ -97,8 +98,8 @@ def load_rotated(
         partner_weight = tl.load(norm_ptr + partners, mask=in_head, other=0.0).to(tl.float32)[None, :]
         value = weight * (value * scale).to(narrow.dtype).to(tl.float32)
         partner = partner_weight * (partner * scale).to(narrow.dtype).to(tl.float32)
-    cos = tl.load(table_row + angles, mask=in_head, other=0.0)[None, :]
-    sin = tl.load(table_row + HALF + angles, mask=in_head, other=0.0)[None, :]
+    cos = tl.load(table_row + angles, mask=in_head, other=0.0)
+    sin = tl.load(table_row + HALF + angles, mask=in_head, other=0.0)
     return value * cos + tl.where(in_first_half[None, :], -partner, partner) * sin
 
 
