@@ -1,0 +1,194 @@
+"""Templates, columns, system messages and OpenAI's Batch lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minisgl.batch_run.answers import format_line, parse_line, relabel
+from minisgl.batch_run.parser import RowParser, Template, jsonable
+from minisgl.batch_run.rows import BadRow, Head, Record, Row, RowError
+from minisgl.errors import MinisglError
+from minisgl.request import Result, SamplingParams, Usage
+
+FLAGS = SamplingParams(max_tokens=5)
+
+
+def parse(value: Any, **options: Any) -> Row | BadRow:
+    return RowParser(FLAGS, **options).parse(Record(3, "row 4", value))
+
+
+def good(value: Any, **options: Any) -> Row:
+    row = parse(value, **options)
+    assert isinstance(row, Row), row
+    return row
+
+
+def bad(value: Any, **options: Any) -> BadRow:
+    row = parse(value, **options)
+    assert isinstance(row, BadRow), row
+    return row
+
+
+# -- templates and columns --
+
+WEATHER = {"id": "w1", "city": "Oslo", "temperature": -3.5, "text": "cold"}
+
+
+def test_a_template_makes_the_prompt() -> None:
+    row = good(WEATHER, template=Template("{{ city }}: {{ text | upper }}"))
+    assert row.prompt == "Oslo: COLD"
+    assert row.params == FLAGS, "with a template no column is a parameter"
+    assert (row.head.id, row.head.columns) == ("w1", {"temperature": -3.5})
+
+
+def test_a_template_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "prompt.jinja").write_text("Summarise: {{ text }}\n")
+    assert good(WEATHER, template=Template(str(tmp_path / "prompt.jinja"))).prompt == "Summarise: cold"
+
+
+def test_templates_run_in_a_sandbox() -> None:
+    template = Template("{{ text.__class__.__mro__[1].__subclasses__() }}")
+    assert "unsafe" in bad(WEATHER, template=template).error.message
+    assert bad(b'{"text": [1]}', template=Template("{{ text.append(2) }}")).error.type == "template_failed"
+    assert bad(WEATHER, template=Template("{{ 1 / 0 }}")).error.type == "template_failed"
+
+
+def test_a_template_that_is_wrong() -> None:
+    with pytest.raises(MinisglError, match="--template cannot be read"):
+        Template("{{ text ")
+    with pytest.raises(MinisglError, match="'txt'; the columns are: id, city, temperature, text"):
+        parse(WEATHER, template=Template("{{ txt }}"))
+    assert "'txt' is undefined" in bad(b'{"text": "x"}', template=Template("{{ txt }}")).error.message
+
+
+def test_the_column_that_is_the_prompt() -> None:
+    row = good(WEATHER, prompt_column="text")
+    assert row.prompt == "cold" and set(row.head.columns) == {"city", "temperature"}
+    messages = [{"role": "user", "content": "Hi"}]
+    assert good({"chat": messages}, prompt_column="chat").messages == messages
+    assert bad(WEATHER, prompt_column="temperature").error.message == "prompt must be a string, not a number"
+    with pytest.raises(MinisglError, match="--prompt-column names 'txt'; the columns are"):
+        parse(WEATHER, prompt_column="txt")
+    assert "'txt'" in bad(b'{"text": "x"}', prompt_column="txt").error.message
+    with pytest.raises(MinisglError, match="not both"):
+        RowParser(FLAGS, prompt_column="a", template=Template("b"))
+
+
+def test_lines_of_text() -> None:
+    assert good("Hello").prompt == "Hello"
+    assert good("Hello", template=Template("Say: {{ text }}")).prompt == "Say: Hello"
+
+
+def test_columns_that_are_carried_over() -> None:
+    assert good(WEATHER, prompt_column="text", columns=["city", "none"]).head.columns == {"city": "Oslo"}
+    assert good(WEATHER, prompt_column="text", columns=[]).head.columns == {}
+    assert good({"prompt": "x", "temprature": 1}, columns=["temprature"]).head.columns == {"temprature": 1}
+
+
+def test_a_system_message() -> None:
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Hi"}
+    assert good({"prompt": "Hi"}, system="Be brief.").messages == [system, user]
+    assert good({"messages": [user]}, system="Be brief.").messages == [system, user]
+    own = {"role": "system", "content": "Shout."}
+    assert good({"messages": [own, user]}, system="Be brief.").messages == [own, user]
+    assert good({"prompt_token_ids": [1]}, system="Be brief.").messages is None
+    with pytest.raises(MinisglError, match="--no-chat"):
+        RowParser(FLAGS, system="Be brief.", chat=False)
+
+
+def test_values_of_tables_that_json_has_no_type_for() -> None:
+    import datetime
+
+    import numpy as np
+
+    odd = {"day": datetime.date(2024, 2, 29), "raw": b"\xff", "ids": np.arange(2), "other": 1j}
+    row = good({"prompt": "x", **odd})
+    values = json.loads(format_line(row.head, [Result("", [], "stop", Usage())]).data)
+    assert [values[name] for name in odd] == ["2024-02-29", "/w==", [0, 1], "1j"]
+    assert jsonable(datetime.time(1)) == "01:00:00"
+
+
+# -- OpenAI's Batch lines --
+
+
+def batch_line(url: str = "/v1/chat/completions", **body: Any) -> dict[str, Any]:
+    body = body or {"model": "gpt-4o", "messages": [{"role": "user", "content": "Hi"}]}
+    return {"custom_id": "request-1", "method": "POST", "url": url, "body": body}
+
+
+def test_chat_completions() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    row = good(batch_line(model="gpt-4o", messages=messages, max_completion_tokens=9, n=2, logprobs=False, user="u"))
+    assert row.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert (row.params.max_tokens, row.n, row.head.id, row.head.model) == (9, 2, "request-1", "gpt-4o")
+    results = [Result(text, [1, 2], "stop", Usage(10, 2, 4)) for text in ("a", "b")]
+    line = format_line(row.head, results)
+    values = json.loads(line.data)
+    assert list(values) == ["id", "custom_id", "response", "error"]
+    assert (values["custom_id"], values["error"], values["response"]["status_code"]) == ("request-1", None, 200)
+    body = values["response"]["body"]
+    assert (body["object"], body["model"]) == ("chat.completion", "gpt-4o")
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["a", "b"]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 4,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 4},
+    }
+    assert parse_line(line.data) == line
+
+
+@pytest.mark.parametrize(("prompt", "name"), [("Hi", "prompt"), (["Hi"], "prompt"), ([1, 2], "prompt_token_ids")])
+def test_completions(prompt: Any, name: str) -> None:
+    row = good(batch_line("/v1/completions", prompt=prompt, max_tokens=7))
+    assert getattr(row, name) == ("Hi" if name == "prompt" else [1, 2])
+    body = json.loads(format_line(row.head, [Result("a", [1], "length", Usage(1, 1, 0))]).data)["response"]["body"]
+    assert (body["object"], body["choices"][0]["text"]) == ("text_completion", "a")
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (batch_line("/v1/embeddings"), "url is '/v1/embeddings'"),
+        ({**batch_line(), "method": "GET"}, "it must be POST"),
+        ({**batch_line(), "custom_id": 7}, "custom_id must be a string"),
+        ({**batch_line(), "body": "x"}, "body must be an object"),
+        (batch_line(messages=[]), "messages must be"),
+        (batch_line(model="m"), "the body has no messages"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], temperature=-1), "temperature is -1"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], tools=[{"type": "function"}]), "'tools'"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], stream=True), "'stream'"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "'temprature'"),
+        (batch_line("/v1/completions", prompt=["a", "b"]), "one in each line"),
+    ],
+)
+def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: str) -> None:
+    row = bad(json.dumps(line).encode())
+    assert says in row.error.message
+    answer = format_line(row.head, row.error)
+    values = json.loads(answer.data)
+    assert list(values) == ["id", "custom_id", "response", "error"]
+    assert values["response"]["status_code"] == 400
+    assert values["error"] == {"code": row.error.type, "message": row.error.message}
+    assert values["response"]["body"]["error"]["message"] == row.error.message
+    assert answer.failed and parse_line(answer.data) == answer
+
+
+def test_the_answer_of_a_row_that_asks_the_same() -> None:
+    results = [Result("a", [1], "stop", Usage(1, 1, 0))]
+    head = Head(8, 99, "second", columns={"label": 2})
+    copy = relabel(format_line(Head(3, 7, "first", columns={"label": 1}), results).data, head)
+    assert copy == format_line(head, results)
+    row = good(batch_line())
+    second = Head(8, 99, "second", form=row.head.form)
+    copy = relabel(format_line(row.head, results).data, second)
+    values = json.loads(copy.data)
+    assert (values["custom_id"], values["id"]) == ("second", "batch_req_8-0000000000000063")
+    assert parse_line(copy.data) == copy
+    failed = relabel(format_line(row.head, RowError("invalid_row", "why")).data, second)
+    assert failed.failed and json.loads(failed.data)["error"]["message"] == "why"
