@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minisgl.bench.results import FIGURES, Comparison
 from minisgl.errors import MinisglError
 
 try:
@@ -52,6 +53,40 @@ def roofline(rows: Sequence[Row], path: Path) -> None:
     right.set(xlim=(0, 125), ylim=(max(len(moving), 1) - 0.5, -0.5), xlabel="% of the copy rate; a point is a shape")
     right.set_title("ops that move bytes", fontsize=11)
     _save(figure, path)
+
+
+def shares(comparisons: Sequence[Comparison], peers: Sequence[str], device: str, path: Path) -> None:
+    """Draw each engine's speed as a share of the floor's: a panel a model, a group of bars a workload."""
+    panels: dict[str, list[Comparison]] = defaultdict(list)
+    for one in comparisons:
+        panels[one.model].append(one)
+    figure, axes = _figure(11, 3.9, [len(group) + 0.6 for group in panels.values()])
+    engines = (*peers, "minisgl")
+    colours = dict(zip(engines, (COLOURS[2], COLOURS[5], COLOURS[0]), strict=True))
+    for axis, (model, group) in zip(axes, panels.items(), strict=True):
+        for place, engine in enumerate(engines):
+            speeds = [one.speed(engine, "floor") for one in group]
+            bars = [(index, 100 * speed) for index, speed in enumerate(speeds) if speed is not None]
+            x = [index + (place - 1) * 0.27 for index, _ in bars]
+            axis.bar(x, [share for _, share in bars], 0.25, color=colours[engine], label=engine)
+            for left, (index, share) in zip(x, bars, strict=True):
+                bold = "bold" if engine == "minisgl" else "normal"
+                text = _short(group[index].figure(engine))
+                axis.text(left, share + 1.5, text, ha="center", va="bottom", fontsize=7.5, rotation=90, weight=bold)
+        axis.axhline(100, color=GREY, linewidth=1)
+        axis.set_xticks(range(len(group)), [f"{one.workload}\n{FIGURES[one.workload][1]}" for one in group], fontsize=8)
+        axis.set(xlim=(-0.6, len(group) - 0.4), ylim=(0, 112), title=model)
+        axis.grid(False, axis="x")
+    for axis in axes[1:]:
+        axis.set_yticklabels([])
+    axes[0].set_ylabel(f"% of what one {device} allows")
+    axes[0].legend(frameon=False, loc="upper center", fontsize=8.5, ncols=3, bbox_to_anchor=(0.5, 1.0))
+    _save(figure, path)
+
+
+def _short(value: float | None) -> str:
+    assert value is not None
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _figure(width: float, height: float, columns: Sequence[float]) -> tuple[Any, Any]:

@@ -28,7 +28,10 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def commands() -> list[object]:
     lines = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith(SET_UP)]
-    return [pytest.param(line, marks=pytest.mark.gpu) if "minisgl bench" in line else line for line in lines]
+    needs_gpu = [line.startswith("minisgl bench") and "demo" not in line for line in lines]
+    return [
+        pytest.param(line, marks=pytest.mark.gpu) if gpu else line for line, gpu in zip(lines, needs_gpu, strict=True)
+    ]
 
 
 @pytest.fixture
