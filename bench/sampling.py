@@ -1,6 +1,7 @@
 """Sampling at Qwen3's vocabulary, bf16 logits.
 
-Normal logits: with `qwen3`'s settings the candidates suffice; `wide` keeps thousands of tokens and searches the row.
+Normal logits: with `qwen3`'s settings the first list of blocks suffices; `wide` keeps thousands of tokens, and all
+blocks are searched.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ KINDS = {  # temperature, top_k, top_p, min_p
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    for samples in (1, 64, 256):
+    for samples in (1, 32, 64, 256):
         logits = (torch.randn(samples, VOCAB, device=device) * 3).bfloat16()
         for kind in KINDS:
             yield _case(kind, logits)
