@@ -1,21 +1,20 @@
-"""Sample one token id a row: greedy, or Gumbel-max over the tokens that top-k, top-p and min-p keep.
+"""Sample one token id a row: greedy, or by two draws among the tokens that top-k, top-p and min-p keep.
 
-    id = argmax over kept tokens of logit / temperature + gumbel(seed, position, token)
+    block = argmax over blocks of 64 ids: logsumexp(kept logits / temperature) + gumbel(seed, position, block)
+    id    = argmax over the block's kept tokens: logit / temperature + gumbel(seed, position, token)
 
-Without filters the same is done twice, which gives the same distribution for far less noise: among the blocks of 4096
-token ids, each with the log-sum-exp of its logits and one draw, and then among the tokens of the block that won.
+Each is a Gumbel-max draw, so the id has the distribution of the softmax. Filters apply in the order top-k, top-p (on
+what top-k left, renormalised), min-p, as transformers' warpers do; tokens tied with the last kept one are all kept.
+Ties of a score go to the smallest id, as in torch.argmax.
 
-Filters apply in the order top-k, top-p (on what top-k left, renormalised), min-p, as transformers' warpers do; tokens
-tied with the last kept one are all kept. Each filter is a threshold on the logits, found without sorting: by bisection
-over integer keys that order as the floats do. Ties of the score go to the smallest id, as in torch.argmax.
-
-Legend: N samples, V vocabulary, R rows of the parameter tables, C candidates. logits  # [N, V].
+Legend: N samples, V vocabulary, B blocks, R rows of the parameter tables. logits  # [N, V].
 Bound by memory: reads [N, V] once.
 
-Two launches. The first takes blocks of 4096 token ids: it leaves the block's score without filters; with filters, its
-largest logits, at most C, and its softmax mass. The second takes rows: it samples in the best block, or searches the
-thresholds among the candidates, which is exact when every kept token is one of them (always for top_k <= C / 2, unless
-more than C / 2 logits of a block tie). It checks that, and else searches the whole row.
+Two launches: `vocab_blocks.summarize_blocks`, and one with a program a row. Without filters a block is drawn from the
+summaries alone. A filter is a threshold on the logits, found without sorting by a search over integer keys that order
+as the floats do, among the blocks that reach a floor: at first 64 blocks at most. A threshold at or above the floor is
+exact (always for top_k <= 32, unless block maxima tie); if it is not, a lower floor lists 1,024, and then all that can
+matter. So a row's id depends on nothing but that row.
 
 A row of -1 is padding of a captured step: its id is 0 and no table is touched.
 
@@ -23,29 +22,49 @@ NaN logits count as -inf, +inf as the largest float. A -inf logit is sampled onl
 Source: Maddison et al., "A* sampling", 2014 (Gumbel-max).
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.gumbel import (
-    NOISE_BLOCK,
-    block_gumbel,
-    block_gumbel_reference,
-    gumbel,
-    gumbel_reference,
-    random_bits,
-)
+from minisgl.kernels import gumbel as streams
+from minisgl.kernels.gumbel import gumbel, gumbel_reference
 from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.vocab_blocks import (
+    GREEDY_BELOW,
+    LARGEST,
+    MASKED_KEY,
+    Shape,
+    blocks_reference,
+    clean_reference,
+    first_best,
+    floor_of_list,
+    key_of,
+    load_blocks,
+    load_listed,
+    smallest_of_key,
+    softmax_weights,
+    summarize_blocks,
+    write_list,
+)
 
-GREEDY_BELOW = tl.constexpr(1e-5)  # a lower temperature is greedy: logits divided by it would overflow
-CANDIDATES = tl.constexpr(128)  # C: 38 blocks of a vocabulary of 152k leave 4864, which stay in one program's registers
-LARGEST = tl.constexpr(3.4028234663852886e38)
-NO_ID = tl.constexpr(2**31 - 1)
-MASKED_KEY = tl.constexpr(-2139095041)  # _key(-inf)
-# Low bits of a logit's fp32 pattern that its dtype cannot set: no need to search them.
-UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 # Read one value at a time, and possibly slices of any alignment: they must not compile a kernel each.
 NARROW_POINTERS = ["rows_ptr", "positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a row's program cuts its work; no field changes what is kept."""
+
+    num_warps: int = 16
+    read_blocks: int = 64  # at once: 8 logits a thread
+    first_list: int = 64  # blocks listed at first
+    list_growth: int = 16  # how many times more are listed next
+    ways: int = 8  # pivots a pass of the search: three passes find one of 512 keys, the width of a nucleus in bf16
+
+
+TILE = Tile()
 
 
 def kept_reference(
@@ -67,15 +86,31 @@ def kept_reference(
     return kept
 
 
-def block_scores_reference(
-    logits: torch.Tensor, temperature: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor
+def draw_reference(
+    logits: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
 ) -> torch.Tensor:
-    """Log-sum-exp plus noise of each block  # [N, blocks]; logits  # [N, V] fp32, the rest  # [N]."""
-    blocks = triton.cdiv(logits.shape[1], NOISE_BLOCK.value)
-    padding = blocks * NOISE_BLOCK.value - logits.shape[1]
-    padded = torch.nn.functional.pad(logits / temperature[:, None], (0, padding), value=-torch.inf)
-    masses: torch.Tensor = padded.unflatten(1, (blocks, -1)).logsumexp(-1)
-    return masses + block_gumbel_reference(seed, positions, blocks)
+    """Ids  # [N] of rows that are not greedy; logits  # [N, V] fp32, the rest  # [N]."""
+    vocab = logits.shape[1]
+    scores = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    some = ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0)
+    if bool(some.any()):  # the others do not pay for sorting
+        kept = kept_reference(logits[some], temperature[some], top_k[some], top_p[some], min_p[some])
+        scores[some] = scores[some].masked_fill(~kept, -torch.inf)
+    scores = blocks_reference(scores)
+    _, num_blocks, block_size = scores.shape
+    numbers = torch.arange(max(num_blocks, block_size), device=logits.device)
+    noise = gumbel_reference(seed, positions, numbers[:num_blocks], streams.BLOCKS)
+    block = (scores.logsumexp(-1) + noise).argmax(-1)
+    ids = block[:, None] * block_size + numbers[:block_size]
+    noise = gumbel_reference(seed, positions, ids, streams.TOKENS)
+    of_block = scores[torch.arange(len(scores), device=logits.device), block]
+    return ids.gather(1, (of_block + noise).argmax(-1, keepdim=True)).squeeze(1)
 
 
 def sample_reference(
@@ -89,26 +124,15 @@ def sample_reference(
     seed: torch.Tensor,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same in torch. Rows pay for noise and for sorting only when they need it."""
+    """The same in torch; see `sample`."""
     real = rows >= 0
     index = rows.long().clamp_min(0)
-    wide = logits.float().nan_to_num(nan=-torch.inf, posinf=LARGEST.value, neginf=-torch.inf)
+    wide = clean_reference(logits)
     ids = wide.argmax(-1)
     random = real & (temperature[index] >= GREEDY_BELOW.value) & (wide.amax(-1) > -torch.inf)
     if bool(random.any()):
-        wide, index = wide[random], index[random]
-        k, p, floor = top_k[index], top_p[index], min_p[index]
-        scores = wide * (1 / temperature[index])[:, None]
-        scores += gumbel_reference(seed[index], positions[random], wide.shape[1])
-        filtered = ((k > 0) & (k < wide.shape[1])) | (p < 1) | (floor > 0)
-        best_block = block_scores_reference(wide, temperature[index], seed[index], positions[random]).argmax(-1)
-        of_token = torch.arange(wide.shape[1], device=wide.device) // NOISE_BLOCK.value
-        scores.masked_fill_((of_token != best_block[:, None]) & ~filtered[:, None], -torch.inf)
-        if bool(filtered.any()):
-            some = filtered
-            kept = kept_reference(wide[some], temperature[index][some], k[some], p[some], floor[some])
-            scores[some] = scores[some].masked_fill(~kept, -torch.inf)
-        ids[random] = scores.argmax(-1)
+        parameters = [table[index[random]] for table in (temperature, top_k, top_p, min_p, seed)]
+        ids[random] = draw_reference(wide[random], positions[random], *parameters)
     out = ids.int() * real
     if tokens is not None:
         tokens[rows[real].long(), positions[real].long()] = out[real]
@@ -116,186 +140,111 @@ def sample_reference(
 
 
 @triton.jit
-def _load_logits(logits_row, ids, VOCAB: tl.constexpr):
-    """fp32 logits with no NaN, +inf or -0; -inf for ids outside the vocabulary."""
-    x = tl.load(logits_row + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-    x = tl.where(x == x, x, float("-inf"))
-    x = tl.minimum(x, LARGEST)
-    return tl.where(x == 0.0, 0.0, x)
-
-
-@triton.jit
-def _key(x, SHIFT: tl.constexpr):
-    """int32 keys that order as the floats do."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
-
-
-@triton.jit
-def _smallest_of_key(key, SHIFT: tl.constexpr):
-    """The smallest fp32 that has this key."""
-    bits = (key << SHIFT).to(tl.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_parameters(sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, VOCAB: tl.constexpr):
-    """(row, temperature, top_k or 0, top_p, min_p, seed, whether filters apply) of a sample; padding is greedy."""
-    row = tl.load(rows_ptr + sample).to(tl.int64)
-    padding = row < 0
-    row = tl.maximum(row, 0)
-    temperature = tl.where(padding, 0.0, tl.load(temperature_ptr + row))
-    top_k = tl.load(top_k_ptr + row)
-    top_k = tl.where(top_k < VOCAB, top_k, 0)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    filtered = (temperature >= GREEDY_BELOW) & ((top_k > 0) | (top_p < 1.0) | (min_p > 0.0))
-    row = tl.where(padding, -1, row)
-    return row, temperature, top_k, top_p, min_p, tl.load(seed_ptr + row), filtered
-
-
-@triton.jit
-def _best_of_block(logits_row, block, seed, position, temperature, cutoff, VOCAB: tl.constexpr):
-    """(score, id) of the best token whose logit is at or above `cutoff`, among the 4096 ids of a block."""
-    counters = tl.arange(0, NOISE_BLOCK // 4)
-    ids = counters + block * NOISE_BLOCK
-    x0 = _load_logits(logits_row, ids, VOCAB)
-    x1 = _load_logits(logits_row, ids + 1024, VOCAB)
-    x2 = _load_logits(logits_row, ids + 2048, VOCAB)
-    x3 = _load_logits(logits_row, ids + 3072, VOCAB)
-    inverse = tl.div_rn(1.0, temperature)
-    bits0, bits1, bits2, bits3 = random_bits(seed, position, counters + block * (NOISE_BLOCK // 4))
-    x0 = tl.where(x0 >= cutoff, x0 * inverse + gumbel(bits0), float("-inf"))
-    x1 = tl.where(x1 >= cutoff, x1 * inverse + gumbel(bits1), float("-inf"))
-    x2 = tl.where(x2 >= cutoff, x2 * inverse + gumbel(bits2), float("-inf"))
-    x3 = tl.where(x3 >= cutoff, x3 * inverse + gumbel(bits3), float("-inf"))
-    best = tl.max(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), 0)
-    winner = tl.where(x3 == best, ids + 3072, NO_ID)
-    winner = tl.where(x2 == best, ids + 2048, winner)
-    winner = tl.where(x1 == best, ids + 1024, winner)
-    winner = tl.where(x0 == best, ids, winner)
-    return best, tl.min(winner, 0)
-
-
-@triton.jit(do_not_specialize=NARROW_POINTERS)
-def _sample_blocks_kernel(
-    logits_ptr,
-    rows_ptr,
-    positions_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
-    block_best_ptr,
-    block_id_ptr,
-    block_mass_ptr,
-    candidate_ptr,
-    candidate_id_ptr,
-    logits_stride,
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SHIFT: tl.constexpr,
+def _threshold(
+    logits_row,
+    list_ptr,
+    num_listed,
+    floor,
+    holds_all,
+    largest,
+    temperature,
+    mass,
+    top_k,
+    top_p,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """Leaves of a block: (its score, its number); greedy (largest logit, its id); with filters (largest logit, floor
-    key, mass) and the candidates.
+    """The key that top-k and then top-p keep logits from, or floor - 1 if it is below the floor of the list.
 
-    Every key above the floor is a candidate; mass is the sum of exp((logit - largest) / temperature).
+    `mass` is the row's softmax mass. Each search asks for the largest key such that the weights of the keys from it on
+    reach a target. The first pivot of a pass is the lower end: after top-k, its mass is what top-k left.
     """
-    sample = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    out = sample * BLOCKS + block
-    logits_row = logits_ptr + sample * logits_stride
-    row, temperature, top_k, top_p, min_p, seed, filtered = _load_parameters(
-        sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, VOCAB
-    )
-    ids = tl.arange(0, NOISE_BLOCK) + block * NOISE_BLOCK
-    x = _load_logits(logits_row, ids, VOCAB)
-    largest = tl.max(x, 0)
-    if temperature < GREEDY_BELOW:
-        tl.store(block_best_ptr + out, largest)
-        tl.store(block_id_ptr + out, tl.min(tl.where(x == largest, ids, NO_ID), 0))
-        return
-    inverse = tl.div_rn(1.0, temperature)
-    finite_largest = tl.maximum(largest, -LARGEST)
-    mass = tl.sum(tl.exp((x - finite_largest) * inverse), 0)
-    if filtered:
-        keys = _key(x, SHIFT)
-        tl.store(block_mass_ptr + out, mass)
-
-        # Bisect for a floor with C / 2 to C keys above it: more than C are above `low`, at most C above `floor`.
-        low = tl.full((), MASKED_KEY >> SHIFT, tl.int64)
-        above = tl.sum((keys > low.to(tl.int32)).to(tl.int32), 0)
-        floor = tl.where(above > CANDIDATES, tl.max(keys, 0).to(tl.int64), low)
-        above = tl.where(above > CANDIDATES, 0, above)
-        while (floor - low > 1) & (above < CANDIDATES // 2):
-            middle = low + (floor - low) // 2
-            above_middle = tl.sum((keys > middle.to(tl.int32)).to(tl.int32), 0)
-            fits = above_middle <= CANDIDATES
-            low = tl.where(fits, low, middle)
-            floor = tl.where(fits, middle, floor)
-            above = tl.where(fits, above_middle, above)
-
-        chosen = keys > floor.to(tl.int32)
-        slots = tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(candidate_ptr + out * CANDIDATES + slots, x, mask=chosen)
-        tl.store(candidate_id_ptr + out * CANDIDATES + slots, ids, mask=chosen)
-        empty = tl.arange(0, CANDIDATES)
-        tl.store(candidate_ptr + out * CANDIDATES + empty, float("-inf"), mask=empty >= above)
-        tl.store(block_best_ptr + out, largest)
-        tl.store(block_id_ptr + out, floor.to(tl.int32))
-    else:
-        noise = block_gumbel(seed, tl.load(positions_ptr + sample), block)
-        tl.store(block_best_ptr + out, finite_largest * inverse + tl.log(mass) + noise)
-        tl.store(block_id_ptr + out, block)
+    key = floor - 1
+    for BY_MASS in tl.static_range(2):
+        if BY_MASS:
+            searches = (top_p < 1.0) & ((top_k == 0) | (key >= floor) | holds_all)
+            mass = tl.where(top_k > 0, -1.0, mass)
+        else:
+            searches = top_k > 0
+        high = tl.where(searches, key_of(largest, SHAPE).to(tl.int64), key)
+        while key < high:
+            step = (high - key) // TILE.ways + 1
+            pivots = tl.minimum(key + step * tl.arange(0, TILE.ways), high)
+            totals = tl.zeros_like(pivots).to(tl.float32)
+            for start in range(0, num_listed, TILE.read_blocks):
+                x, _ = load_listed(logits_row, list_ptr, start, num_listed, SHAPE, TILE.read_blocks)
+                x = tl.ravel(x)
+                weights = softmax_weights(x, largest, temperature) if BY_MASS else tl.full(x.shape, 1.0, tl.float32)
+                reaches = key_of(x, SHAPE)[None, :] >= pivots.to(tl.int32)[:, None]
+                totals += tl.sum(tl.where(reaches, weights[None, :], 0.0), 1)
+            if BY_MASS:
+                mass = tl.where(mass < 0.0, tl.max(totals, 0), mass)
+                reached = totals >= top_p * mass
+            else:
+                reached = totals >= top_k.to(tl.float32)
+            key = tl.max(tl.where(reached, pivots, key), 0)
+            high = tl.min(tl.where(reached, high, pivots - 1), 0)
+    return key
 
 
 @triton.jit
-def _largest_key(keys, weights, low, high, target):
-    """The largest key in [low, high] such that the weights of keys at or above it reach `target`; low if none."""
-    low = low.to(tl.int64)
-    high = high.to(tl.int64)
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        reached = tl.sum(tl.where(keys >= middle.to(tl.int32), weights, 0.0), 0) >= target
-        low = tl.where(reached, middle, low)
-        high = tl.where(reached, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _row_weights(logits_row, pivots, largest, inverse, BY_MASS: tl.constexpr, VOCAB: tl.constexpr, SHIFT: tl.constexpr):
-    """For each pivot, the number of keys at or above it, or their mass; pivots  # [WAYS]."""
-    WAYS: tl.constexpr = pivots.shape[0]
-    TILE: tl.constexpr = 1024
-    total = tl.zeros((WAYS, TILE), tl.float32)
-    for start in range(0, VOCAB, TILE):
-        x = _load_logits(logits_row, tl.arange(0, TILE) + start, VOCAB)
-        weights = tl.exp((x - largest) * inverse) if BY_MASS else tl.full((TILE,), 1.0, tl.float32)
-        total += tl.where(_key(x, SHIFT)[None, :] >= pivots[:, None], weights[None, :], 0.0)
-    return tl.sum(total, 1)
-
-
-@triton.jit
-def _largest_key_of_row(
-    logits_row, low, high, target, largest, inverse, BY_MASS: tl.constexpr, VOCAB: tl.constexpr, SHIFT: tl.constexpr
+def _draw_kept_block(
+    logits_row,
+    list_ptr,
+    block_largest,
+    block_mass,
+    largest,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seed,
+    position,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """_largest_key over a whole row, 17 ways a pass: at most 8 passes for 32 bits, 4 for the 16 of bf16."""
-    WAYS: tl.constexpr = 16
-    low = low.to(tl.int64)
-    high = high.to(tl.int64)
-    while low < high:
-        step = (high - low + WAYS) // (WAYS + 1)
-        pivots = tl.minimum(low + step * (1 + tl.arange(0, WAYS)), high)
-        reached = _row_weights(logits_row, pivots.to(tl.int32), largest, inverse, BY_MASS, VOCAB, SHIFT) >= target
-        low = tl.max(tl.where(reached, pivots, low), 0)
-        high = tl.min(tl.where(reached, high, pivots - 1), 0)
-    return low
+    """(a block drawn by the mass of its kept tokens, the smallest logit that is kept)."""
+    LOWEST_KEY: tl.constexpr = (MASKED_KEY >> SHAPE.shift) + 1
+    keys = key_of(block_largest, SHAPE)
+    mass = tl.sum(block_mass * softmax_weights(block_largest, largest, temperature), 0)
+    min_p_cutoff = largest + temperature * tl.log(min_p)
+    min_p_key = key_of(min_p_cutoff, SHAPE)
+    # Tokens below this weigh less than 1 - top_p together; 0.999 leaves room for rounding.
+    top_p_cutoff = largest + temperature * tl.log(tl.maximum(1.0 - top_p, 0.0) * mass * (0.999 / SHAPE.vocab))
+    lowest_floor = tl.where(top_k > 0, LOWEST_KEY, tl.maximum(min_p_key, key_of(top_p_cutoff, SHAPE)))
+    lowest_floor = tl.maximum(lowest_floor, LOWEST_KEY).to(tl.int64)
+
+    limit = tl.where(top_k <= TILE.first_list, TILE.first_list, TILE.first_list * TILE.list_growth)
+    key = lowest_floor
+    num_listed = 0
+    complete = False
+    while not complete:
+        floor = floor_of_list(keys, tl.minimum(tl.maximum(top_k, limit // 2), limit), limit, lowest_floor)
+        holds_all = floor == lowest_floor
+        num_listed = write_list(list_ptr, keys, floor)
+        key = _threshold(
+            logits_row, list_ptr, num_listed, floor, holds_all, largest, temperature, mass, top_k, top_p, SHAPE, TILE
+        )
+        complete = holds_all | (key >= floor) | ((top_k == 0) & (min_p_key >= floor))
+        limit *= TILE.list_growth
+
+    cutoff = tl.maximum(smallest_of_key(key, SHAPE), min_p_cutoff)
+    best = float("-inf")
+    block = 0
+    for start in range(0, num_listed, TILE.read_blocks):
+        x, ids = load_listed(logits_row, list_ptr, start, num_listed, SHAPE, TILE.read_blocks)
+        numbers = tl.min(ids, 1) // SHAPE.block
+        kept_mass = tl.sum(tl.where(x >= cutoff, softmax_weights(x, largest, temperature), 0.0), 1)
+        score, first = first_best(tl.log(kept_mass) + gumbel(seed, position, numbers, streams.BLOCKS), numbers)
+        block = tl.where(score > best, first, block)
+        best = tl.maximum(best, score)
+    return block, cutoff
 
 
 @triton.jit(do_not_specialize=[*NARROW_POINTERS, "tokens_ptr"])
 def _sample_rows_kernel(
     logits_ptr,
+    logits_stride,
     rows_ptr,
     positions_ptr,
     temperature_ptr,
@@ -303,91 +252,68 @@ def _sample_rows_kernel(
     top_p_ptr,
     min_p_ptr,
     seed_ptr,
-    block_best_ptr,
-    block_id_ptr,
-    block_mass_ptr,
-    candidate_ptr,
-    candidate_id_ptr,
+    largest_ptr,
+    mass_ptr,
+    list_ptr,
     out_ptr,
     tokens_ptr,
-    logits_stride,
     tokens_stride,
-    VOCAB: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
-    BLOCK_BLOCKS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
 ):
+    """Choose a block, by the summaries or among the kept tokens, and then a token of it."""
     sample = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions_ptr + sample)
+    row = tl.load(rows_ptr + sample).to(tl.int64)
+    if row < 0:
+        tl.store(out_ptr + sample, 0)
+        return
+    position, seed = tl.load(positions_ptr + sample), tl.load(seed_ptr + row)
+    temperature, min_p = tl.load(temperature_ptr + row), tl.load(min_p_ptr + row)
+    top_k, top_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row)
+    top_k = tl.where(top_k < SHAPE.vocab, tl.maximum(top_k, 0), 0)
+    greedy = temperature < GREEDY_BELOW
+    temperature = tl.where(greedy, 1.0, temperature)
     logits_row = logits_ptr + sample * logits_stride
-    row, temperature, top_k, top_p, min_p, seed, filtered = _load_parameters(
-        sample, rows_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, VOCAB
-    )
-    blocks = tl.arange(0, BLOCK_BLOCKS)
-    of_blocks = sample * BLOCKS + blocks
-    block_best = tl.load(block_best_ptr + of_blocks, mask=blocks < BLOCKS, other=float("-inf"))
-    block_id = tl.load(block_id_ptr + of_blocks, mask=blocks < BLOCKS, other=-NO_ID - 1)
-    best = tl.max(block_best, 0)
-    if filtered:
-        largest = tl.maximum(best, -LARGEST)
-        inverse = tl.div_rn(1.0, temperature)
-        floor = tl.max(block_id, 0)
-        highest = _key(largest, SHIFT)
-        block_mass = tl.load(block_mass_ptr + of_blocks, mask=blocks < BLOCKS, other=0.0)
-        mass = tl.sum(block_mass * tl.exp((block_best - largest) * inverse), 0)
-        min_p_cutoff = tl.where(min_p > 0.0, largest + temperature * tl.log(tl.maximum(min_p, 1e-38)), float("-inf"))
 
-        slots = tl.arange(0, BLOCK_SLOTS)
-        of_slots = sample * (BLOCKS * CANDIDATES) + slots
-        x = tl.load(candidate_ptr + of_slots, mask=slots < BLOCKS * CANDIDATES, other=float("-inf"))
-        keys = _key(x, SHIFT)
-        weights = tl.exp((x - largest) * inverse)
-        key = tl.full((), (MASKED_KEY >> SHIFT) + 1, tl.int64)
-        if top_k > 0:
-            key = _largest_key(keys, tl.full((BLOCK_SLOTS,), 1.0, tl.float32), key, highest, top_k.to(tl.float32))
-            mass = tl.sum(tl.where(keys >= key.to(tl.int32), weights, 0.0), 0)
-        complete = (top_k == 0) | (key > floor)
-        if complete & (top_p < 1.0):
-            key = _largest_key(keys, weights, key, highest, top_p * mass)
-        cutoff = tl.maximum(_smallest_of_key(key, SHIFT), min_p_cutoff)
-        complete = complete & (cutoff >= _smallest_of_key(floor.to(tl.int64) + 1, SHIFT))
-
-        if complete:
-            ids = tl.load(candidate_id_ptr + of_slots, mask=x > float("-inf"), other=0)
-            bits0, bits1, bits2, bits3 = random_bits(seed, position, ids // NOISE_BLOCK * 1024 + ids % 1024)
-            output = ids % NOISE_BLOCK // 1024
-            bits = tl.where(output < 2, tl.where(output == 0, bits0, bits1), tl.where(output == 2, bits2, bits3))
-            scores = tl.where(x >= cutoff, x * inverse + gumbel(bits), float("-inf"))
-            best = tl.max(scores, 0)
-            winner = tl.min(tl.where(scores == best, ids, NO_ID), 0)
-        else:
-            key = tl.full((), (MASKED_KEY >> SHIFT) + 1, tl.int64)
-            if top_k > 0:
-                count = top_k.to(tl.float32)
-                key = _largest_key_of_row(logits_row, key, highest, count, largest, inverse, False, VOCAB, SHIFT)
-                pivots = tl.zeros((1,), tl.int32) + key.to(tl.int32)
-                mass = tl.max(_row_weights(logits_row, pivots, largest, inverse, True, VOCAB, SHIFT), 0)
-            if top_p < 1.0:
-                part = top_p * mass
-                key = _largest_key_of_row(logits_row, key, highest, part, largest, inverse, True, VOCAB, SHIFT)
-            cutoff = tl.maximum(_smallest_of_key(key, SHIFT), min_p_cutoff)
-            best = float("-inf")
-            winner = 0
-            for block in range(BLOCKS):
-                score, block_winner = _best_of_block(logits_row, block, seed, position, temperature, cutoff, VOCAB)
-                winner = tl.where(score > best, block_winner, winner)
-                best = tl.maximum(best, score)
+    blocks = tl.arange(0, SHAPE.lanes)
+    of_blocks = sample * SHAPE.blocks + blocks
+    block_largest = tl.load(largest_ptr + of_blocks, mask=blocks < SHAPE.blocks, other=float("-inf"))
+    largest = tl.maximum(tl.max(block_largest, 0), -LARGEST)
+    cutoff = float("-inf")
+    if greedy:
+        _, block = first_best(block_largest, blocks)
     else:
-        winner = tl.min(tl.where((block_best == best) & (blocks < BLOCKS), block_id, NO_ID), 0)
-        if temperature >= GREEDY_BELOW:
-            block = tl.minimum(winner, BLOCKS - 1)
-            best, winner = _best_of_block(logits_row, block, seed, position, temperature, float("-inf"), VOCAB)
-    winner = tl.where((best > float("-inf")) & (row >= 0), tl.minimum(winner, VOCAB - 1), 0)
+        block_mass = tl.load(mass_ptr + of_blocks, mask=blocks < SHAPE.blocks, other=0.0)
+        if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
+            block, cutoff = _draw_kept_block(
+                logits_row,
+                list_ptr + sample * SHAPE.blocks,
+                block_largest,
+                block_mass,
+                largest,
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                seed,
+                position,
+                SHAPE,
+                TILE,
+            )
+        else:
+            scores = (block_largest - largest) / temperature + tl.log(block_mass)
+            _, block = first_best(scores + gumbel(seed, position, blocks, streams.BLOCKS), blocks)
+
+    block = tl.minimum(block, SHAPE.blocks - 1)  # of a row of -inf alone, which has no best block
+    x, ids = load_blocks(logits_row, block + tl.zeros((1,), tl.int32), SHAPE)
+    x, ids = tl.ravel(x), tl.ravel(ids)
+    noise = tl.where(greedy, 0.0, gumbel(seed, position, ids, streams.TOKENS))
+    best, winner = first_best(tl.where(x >= cutoff, (x - largest) / temperature + noise, float("-inf")), ids)
+    winner = tl.where(best > float("-inf"), winner, 0)
     tl.store(out_ptr + sample, winner)
     if HAS_TOKENS:
-        tl.store(tokens_ptr + row * tokens_stride + position, winner, mask=row >= 0)
+        tl.store(tokens_ptr + row * tokens_stride + position, winner)
 
 
 def sample(
@@ -414,10 +340,8 @@ def sample(
     Rows and positions must be inside their tables (not checked: it would synchronise).
     Raises ValueError for a wrong shape, stride, dtype or device.
     """
-    check(logits.dim() == 2 and logits.shape[1] > 0, f"logits: expected [N, V], got {list(logits.shape)}")
-    check(logits.stride(-1) == 1, "logits: last dimension must be contiguous")
-    check(logits.dtype in UNUSED_BITS, f"logits: has dtype {logits.dtype}, expected float32, float16 or bfloat16")
-    samples, vocab = logits.shape
+    shape = Shape.of(logits)
+    samples = len(logits)
     for name, x in (("rows", rows), ("positions", positions)):
         check(x.shape == (samples,), f"{name}: expected [{samples}], got {list(x.shape)}")
         check(x.is_contiguous(), f"{name}: must be contiguous")
@@ -443,42 +367,30 @@ def sample(
     if not use_triton(logits):
         return sample_reference(logits, rows, positions, temperature, top_k, top_p, min_p, seed, tokens)
 
-    blocks, device = triton.cdiv(vocab, NOISE_BLOCK.value), logits.device
-    ids = torch.empty(samples, dtype=torch.int32, device=device)
+    ids = torch.empty(samples, dtype=torch.int32, device=logits.device)
     if samples == 0:
         return ids
-    block_best = torch.empty(samples, blocks, dtype=torch.float32, device=device)
-    block_mass = torch.empty_like(block_best)
-    block_id = torch.empty_like(block_best, dtype=torch.int32)
-    candidates = torch.empty(samples, blocks, CANDIDATES.value, dtype=torch.float32, device=device)
-    candidate_ids = torch.empty_like(candidates, dtype=torch.int32)
-    parameters = (rows, positions, temperature, top_k, top_p, min_p, seed)
-    scratch = (block_best, block_id, block_mass, candidates, candidate_ids)
-    shift = UNUSED_BITS[logits.dtype]
-    _sample_blocks_kernel[(samples, blocks)](
-        logits,
-        *parameters,
-        *scratch,
-        logits.stride(0),  # fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide
-        VOCAB=vocab,
-        BLOCKS=blocks,
-        SHIFT=shift,
-        num_warps=8,  # 16 logits a thread
-    )
+    largest, mass = summarize_blocks(logits, rows, temperature)
+    listed = torch.empty_like(largest, dtype=torch.int32)
     _sample_rows_kernel[(samples,)](
         logits,
-        *parameters,
-        *scratch,
+        logits.stride(0),
+        rows,
+        positions,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        largest,
+        mass,
+        listed,
         ids,
         tokens,
-        logits.stride(0),
         tokens.stride(0) if tokens is not None else 0,
-        VOCAB=vocab,
-        BLOCKS=blocks,
-        SHIFT=shift,
+        SHAPE=shape,
+        TILE=TILE,
         HAS_TOKENS=tokens is not None,
-        BLOCK_BLOCKS=triton.next_power_of_2(blocks),
-        BLOCK_SLOTS=triton.next_power_of_2(blocks * CANDIDATES.value),
-        num_warps=16,  # 16 candidates a thread at a vocabulary of 152k
+        num_warps=TILE.num_warps,
     )
     return ids

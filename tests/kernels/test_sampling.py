@@ -8,14 +8,10 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from minisgl.kernels import gumbel, sampling
 from minisgl.kernels.gumbel import gumbel_reference, random_bits_reference
-from minisgl.kernels.sampling import (
-    CANDIDATES,
-    block_scores_reference,
-    kept_reference,
-    sample,
-    sample_reference,
-)
+from minisgl.kernels.sampling import Tile, kept_reference, sample, sample_reference
+from minisgl.kernels.vocab_blocks import BLOCK, blocks_reference
 
 HAS_GPU = torch.cuda.is_available()
 INF = float("inf")
@@ -42,35 +38,34 @@ def parameters(samples, device, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, 
 
 
 def assert_same_choice(ids, logits, options):
-    """Each id is the reference's, or has a score within rounding of it (then both are kept tokens)."""
+    """Each id is the reference's, or was drawn with a score within rounding of it, from kept tokens."""
     expected = sample_reference(logits, **options)
     different = (ids != expected).nonzero().squeeze(1)
     assert len(different) <= 0.02 * len(ids), f"{len(different)} of {len(ids)} ids differ"
     for place in different.tolist():
         row = options["rows"][place : place + 1].long()
-        one = logits[place : place + 1].float(), options["temperature"][row], options["seed"][row]
-        blocks = block_scores_reference(*one, options["positions"][place : place + 1])[0]
-        chosen = int(ids[place]) // 4096, int(expected[place]) // 4096
-        if chosen[0] != chosen[1]:
-            torch.testing.assert_close(blocks[chosen[0]], blocks[chosen[1]], rtol=1e-5, atol=1e-4)
-            continue
-        noise = gumbel_reference(options["seed"][row], options["positions"][place : place + 1], logits.shape[1])[0]
-        scores = logits[place].float() / options["temperature"][row] + noise
-        torch.testing.assert_close(scores[ids[place]], scores[expected[place]], rtol=1e-5, atol=1e-4)
+        filters = [options[name][row] for name in ("temperature", "top_k", "top_p", "min_p")]
+        seed, position, one = options["seed"][row], options["positions"][place : place + 1], logits[place][None].float()
+        scores = (one / filters[0]).masked_fill(~kept_reference(one, *filters), -INF)
+        chosen = torch.stack([ids[place], expected[place]]).long()
+        if chosen[0] // BLOCK != chosen[1] // BLOCK:
+            scores = blocks_reference(scores).logsumexp(-1)
+            scores += gumbel_reference(seed, position, torch.arange(scores.shape[1], device=ids.device), gumbel.BLOCKS)
+            of_ids = scores[0, chosen // BLOCK]
+        else:
+            of_ids = scores[0, chosen] + gumbel_reference(seed, position, chosen, gumbel.TOKENS)[0]
+        torch.testing.assert_close(of_ids[0], of_ids[1], rtol=1e-5, atol=1e-4)
 
 
 def test_random_bits_are_philox():
-    # Known answer of Random123 for a zero key and counter; its four words go to tokens 0, 1024, 2048 and 3072.
+    # Known answer of Random123 for a zero key and counter.
     zero = torch.zeros(1, dtype=torch.int64)
-    bits = random_bits_reference(zero, zero, 5000)
-    assert [hex(word) for word in bits[0, :4096:1024].tolist()] == [
-        "0x6627e8d5",
-        "0xe169c58d",
-        "0xbc57ac4c",
-        "0x9b00dbd8",
-    ]
-    assert torch.equal(random_bits_reference(zero, zero, 63), bits[:, :63])
+    numbers = torch.arange(5000)
+    bits = random_bits_reference(zero, zero, numbers, gumbel.TOKENS)
+    assert bits[0, 0] == 0x6627E8D5
     assert len(bits[0].unique()) == 5000
+    assert not (bits == random_bits_reference(zero, zero, numbers, gumbel.BLOCKS)).any()
+    assert torch.equal(random_bits_reference(zero, zero, numbers[None, 70:90], gumbel.TOKENS), bits[:, 70:90])
 
 
 @pytest.mark.parametrize("vocab", [1, 63, 4096, 5001] + [151_936] * HAS_GPU)
@@ -88,7 +83,7 @@ FILTERS = {
     "plain": {},
     "top_k": {"top_k": 20},
     "top_k_1": {"top_k": 1},
-    "top_k_large": {"top_k": 1500},  # more than the candidates hold: searches the row
+    "top_k_large": {"top_k": 1500},  # more than the first list holds: a longer one
     "top_k_of_all": {"top_k": 10_000},
     "top_p": {"top_p": 0.4},
     "top_p_0": {"top_p": 0.0},
@@ -138,6 +133,20 @@ def test_mixed_batches_equal_the_reference(device, vocab):
     assert ids.dtype == torch.int32 and ((ids >= 0) & (ids < vocab)).all()
 
 
+def test_a_large_vocabulary(device):
+    """Qwen3's, with every kind of row: both first lists suffice, the second is needed, and all blocks are."""
+    torch.manual_seed(2)
+    logits = (torch.randn(6, 151_936) * 3).half().to(device)
+    options = parameters(
+        6,
+        device,
+        temperature=[0.0, 1.0, 0.6, 0.4, 1.0, 1.0],
+        top_k=[0, 0, 20, 0, 400, 0],
+        top_p=[1.0, 1.0, 0.95, 0.9, 0.95, 0.98],
+    )
+    assert torch.equal(sample(logits, **options), sample_reference(logits, **options))
+
+
 @pytest.mark.parametrize(
     "top_k, top_p, min_p",
     [(7, 1.0, 0.0), (0, 0.3, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.05), (40, 0.8, 0.0), (0, 0.95, 0.1), (500, 0.9, 0.01)],
@@ -172,15 +181,27 @@ def test_every_kept_token_and_no_other_is_sampled(device, options):
 
 
 def test_ties_at_a_threshold_are_all_kept(device):
-    """300 tokens tie at the k-th place: more than the candidates of a block, so the row is searched."""
+    """300 tokens tie at the k-th place, in more blocks than the first list holds."""
     samples = 2000 if HAS_GPU else 6
-    logits = torch.zeros(1000, device=device)
-    logits[100:400] = 4.0
+    logits = torch.zeros(300 * BLOCK, device=device)
+    logits[::BLOCK] = 4.0
     logits[7] = 5.0
-    assert CANDIDATES.value < 300
+    assert sampling.TILE.first_list < 300
     ids = sample(logits.expand(samples, -1), **parameters(samples, device, top_k=10))
-    assert (((ids >= 100) & (ids < 400)) | (ids == 7)).all()
+    assert ((ids % BLOCK == 0) | (ids == 7)).all()
     assert len(ids.unique()) > (250 if HAS_GPU else 4)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_no_tile_changes_an_id(device, dtype, monkeypatch, name):
+    """Lists of 4 blocks at first: two more attempts and many reads for the same ids."""
+    samples = 100 if HAS_GPU else 2
+    torch.manual_seed(len(name))
+    logits = (torch.randn(samples, 5003, device=device) * 2).to(dtype)
+    options = parameters(samples, device, **FILTERS[name])
+    expected = sample(logits, **options)
+    monkeypatch.setattr(sampling, "TILE", Tile(num_warps=8, read_blocks=8, first_list=4, list_growth=4, ways=4))
+    assert (sample(logits, **options) == expected).float().mean() > 0.98  # masses may round differently
 
 
 def test_greedy_takes_the_first_maximum(device, dtype):
@@ -263,7 +284,7 @@ def test_frequencies_follow_the_distribution(device, options):
 
 
 def test_blocks_are_taken_by_their_mass(device):
-    """Samples without filters choose a block of 4096 ids first: tokens of all blocks must keep their shares."""
+    """A block of ids is drawn first: tokens of all blocks must keep their shares."""
     samples, vocab = 20_000, 9000
     logits = torch.full((vocab,), -INF, device=device)
     tokens = torch.tensor([0, 1, 4095, 4096, 8191, 8192, 8999], device=device)
@@ -279,7 +300,7 @@ def test_blocks_are_taken_by_their_mass(device):
 def test_rare_tokens_keep_their_share():
     """Large noise has a fine grain: a token of probability 2^-16 is taken about 16 times in 2^20 draws."""
     positions = torch.arange(2**20)
-    noise = gumbel_reference(torch.full_like(positions, 3), positions, 2)
+    noise = gumbel_reference(torch.full_like(positions, 3), positions, torch.arange(2), gumbel.TOKENS)
     assert noise.isfinite().all()
     rare = (noise[:, 1] - 16 * torch.log(torch.tensor(2.0)) > noise[:, 0]).sum()
     assert abs(rare - 16) < 4 * 16**0.5
