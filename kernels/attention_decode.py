@@ -36,8 +36,9 @@ from minisgl.kernels.rotary import Rotary, check_rotary, load_rotated, rotary_st
 SHORT_CONTEXT = tl.constexpr(2048)
 SHORT_SPLIT = tl.constexpr(256)
 LONG_SPLIT = tl.constexpr(1024)
-COMBINE_BLOCK = 8  # splits combined at a time: fixed, so that the order of the sum is
-COMBINE_WARPS = 1  # many small programs at once hide their chain of loads: 256 x 560 takes 150 us in all, 160 with 4
+COMBINE_SPLITS = 4  # splits combined at a time: fixed, so that the order of the sum is
+COMBINE_HEADS = 4  # of a program, a warp each: with one head a program, launching them takes most of the time
+COMBINE_WARPS = 4
 
 
 def attention_decode_reference(
@@ -230,34 +231,37 @@ def _combine_kernel(
     WINDOW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     sequence = tl.program_id(1).to(tl.int64)
     wait_for_previous_kernel(PDL)
     _, _, _, num_splits = _splits(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
     if num_splits <= 1:  # written by the first launch
         return
     dims = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    running_max = float("-inf")
-    total = 0.0
+    mask = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    running_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
     for start in range(0, num_splits, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
-        slots = (sequence * max_splits + splits) * HEADS + head
-        stored = splits < num_splits
+        slots = (sequence * max_splits + splits[:, None]) * HEADS + heads[None, :]  # [BLOCK_S, BLOCK_H]
+        stored = (splits < num_splits)[:, None] & (heads < HEADS)[None, :]
         logsumexp = tl.load(logsumexp_ptr + slots, mask=stored, other=float("-inf"))
-        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
-        partial = tl.load(partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        partials = partial_ptr + slots[:, :, None] * HEAD_DIM + dims[None, None, :]
+        partial = tl.load(partials, mask=stored[:, :, None] & mask[None, :, :], other=0.0)
         new_max = tl.maximum(running_max, tl.max(logsumexp, 0))
-        weights = tl.exp2(logsumexp - new_max)
-        rescale = tl.exp2(running_max - new_max)
-        acc = acc * rescale + tl.sum(partial * weights[:, None], 0)
+        shift = tl.where(heads < HEADS, new_max, 0.0)
+        weights = tl.exp2(logsumexp - shift[None, :])
+        rescale = tl.exp2(running_max - shift)
+        acc = acc * rescale[:, None] + tl.sum(partial * weights[:, :, None], 0)
         total = total * rescale + tl.sum(weights, 0)
         running_max = new_max
-    out = out_ptr + (sequence * HEADS + head) * HEAD_DIM + dims
-    tl.store(out, (acc / total).to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM)
+    out = out_ptr + (sequence * HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def attention_decode(
@@ -398,7 +402,7 @@ def _launch(
     )
     if max_splits == 1:
         return
-    _combine_kernel[(heads, batch)](
+    _combine_kernel[(triton.cdiv(heads, COMBINE_HEADS), batch)](
         partial,
         logsumexp,
         kv_lens,
@@ -408,7 +412,8 @@ def _launch(
         HEAD_DIM=head_dim,
         WINDOW=window,
         BLOCK_N=tile.block_n,
-        BLOCK_S=COMBINE_BLOCK,
+        BLOCK_S=COMBINE_SPLITS,
+        BLOCK_H=COMBINE_HEADS,
         BLOCK_D=block_d,
         num_warps=COMBINE_WARPS,
         **dependent_launch(q.device),

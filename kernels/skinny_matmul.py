@@ -62,12 +62,15 @@ class Rule(NamedTuple):
 # By architecture; the first rule that holds counts. For 2-byte types.
 RULES: dict[str, tuple[Rule, ...]] = {
     "sm_90": (
-        Rule(1, 2048, ANY, Tile(2, 2048, 2, 1, 3)),
+        Rule(1, 32768, 1024, Tile(4, 512, 1, 1, 3)),
+        Rule(1, 2048, ANY, Tile(4, 2048, 4, 1, 2)),
+        Rule(1, 5120, ANY, Tile(8, 1024, 4, 1, 2)),
+        Rule(1, 40960, ANY, Tile(4, 2048, 4, 1, 2)),
         Rule(1, ANY, ANY, Tile(4, 1024, 2, 1, 3)),
-        Rule(16, 2048, ANY, Tile(8, 256, 1, 5, 16)),
-        Rule(16, 4096, ANY, Tile(16, 512, 2, 4, 0)),
-        Rule(16, 32768, ANY, Tile(16, 256, 2, 5, 0)),
-        Rule(16, ANY, ANY, Tile(64, 128, 4, 4, 0)),  # LM heads: 72.6 us, torch 77.6
+        Rule(16, 2048, ANY, Tile(32, 256, 4, 4, 0)),
+        Rule(16, 5120, ANY, Tile(16, 512, 2, 4, 0)),
+        Rule(16, 40960, ANY, Tile(16, 256, 2, 5, 0)),
+        Rule(16, ANY, ANY, Tile(64, 128, 4, 4, 0)),
     ),
     "cpu": (Rule(1, ANY, ANY, Tile(8, 512, 4, 1, 2)), Rule(16, ANY, ANY, Tile(32, 128, 4, 1, 0))),
 }
@@ -129,22 +132,23 @@ def _load_weight(row_ptr, start, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _row_scale(squares_ptr, rows, row_mask, PARTS: tl.constexpr, K, eps):
-    """1 / root mean square of rows whose squares are summed in PARTS parts."""
+def _load_squares(squares_ptr, rows, row_mask, PARTS: tl.constexpr):
+    """The sums of squares of PARTS parts of rows  # [BLOCK_M, parts], zeros past the last part."""
     parts = tl.arange(0, triton.next_power_of_2(PARTS))
     mask = row_mask[:, None] & (parts < PARTS)[None, :]
-    squares = tl.load(squares_ptr + rows[:, None] * PARTS + parts[None, :], mask=mask, other=0.0)
-    return tl.rsqrt(tl.sum(squares, 1) / K + eps)
+    return tl.load(squares_ptr + rows[:, None] * PARTS + parts[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _finish(
     y,
     up,
-    scale,
+    squares,
     rows,
     row_mask,
     N,
+    K,
+    eps,
     bias_ptr,
     y_ptr,
     norm_ptr,
@@ -156,20 +160,21 @@ def _finish(
     ADDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What is left to do with a block of sums y (and up, if GATED)  # [BLOCK_M, BLOCK_N] fp32."""
+    """What is left to do with a block of sums y (and up, if GATED)  # [BLOCK_M, BLOCK_N] fp32; squares of NORMED."""
     block = tl.program_id(0)
     outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
     is_output = outputs < N
     mask = row_mask[:, None] & is_output[None, :]
     dtype = y_ptr.dtype.element_ty
     if NORMED:
-        y *= scale[:, None]
+        scale = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+        y *= scale
     if HAS_BIAS:
         y += tl.load(bias_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
     y = y.to(dtype)
     if GATED:
         if NORMED:
-            up *= scale[:, None]
+            up *= scale
         if HAS_BIAS:
             up += tl.load(bias_ptr + N + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
         gate = y.to(tl.float32)
@@ -182,8 +187,8 @@ def _finish(
         wide = residual.to(tl.float32)
         norm = tl.load(norm_ptr + outputs, mask=is_output, other=0.0).to(tl.float32)
         y = (wide * norm[None, :]).to(dtype)
-        squares = tl.sum(tl.where(mask, wide * wide, 0.0), 1)
-        tl.store(squares_ptr + rows * tl.num_programs(0) + block, squares, mask=row_mask)
+        sums = tl.sum(tl.where(mask, wide * wide, 0.0), 1)
+        tl.store(squares_ptr + rows * tl.num_programs(0) + block, sums, mask=row_mask)
     tl.store(y_ptr + places, y, mask=mask)
 
 
@@ -224,9 +229,9 @@ def _gemv_kernel(
     wait_for_previous_kernel(PDL)
 
     row = tl.arange(0, 1)
-    scale = tl.full([1], 1.0, tl.float32)
+    squares = tl.zeros([1, 1], tl.float32)
     if NORMED:
-        scale = _row_scale(squares_in_ptr, row, row == 0, PARTS, K, eps)
+        squares = _load_squares(squares_in_ptr, row, row == 0, PARTS)
     products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for block in tl.static_range(PRELOAD):
@@ -242,7 +247,7 @@ def _gemv_kernel(
         if GATED:
             up_products += _load_weight(up_ptr, start, K, BLOCK_K).to(tl.float32) * x
     _finish(
-        tl.sum(products, 1)[None, :], tl.sum(up_products, 1)[None, :], scale, row, row == 0, N,
+        tl.sum(products, 1)[None, :], tl.sum(up_products, 1)[None, :], squares, row, row == 0, N, K, eps,
         bias_ptr, y_ptr, norm_ptr, residual_ptr, squares_out_ptr, HAS_BIAS, NORMED, GATED, ADDS, BLOCK_N,
     )  # fmt: skip
 
@@ -302,9 +307,6 @@ def _mma_kernel(
             _prefetch(up_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
     wait_for_previous_kernel(PDL)
 
-    scale = tl.full([BLOCK_M], 1.0, tl.float32)
-    if NORMED:
-        scale = _row_scale(squares_in_ptr, rows, row_mask, PARTS, K, eps)
     x_row_ptr = x_ptr + rows.to(tl.int64) * x_stride
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -316,8 +318,11 @@ def _mma_kernel(
         if GATED:
             up_weight = _load_weight(up_ptr, start, K, BLOCK_K)
             up_acc = tl.dot(x, tl.trans(up_weight), up_acc, input_precision="ieee")
+    squares = tl.zeros([BLOCK_M, 1], tl.float32)
+    if NORMED:  # here and not before the loop, whose loads should be sent for first
+        squares = _load_squares(squares_in_ptr, rows, row_mask, PARTS)
     _finish(
-        acc, up_acc, scale, rows, row_mask, N,
+        acc, up_acc, squares, rows, row_mask, N, K, eps,
         bias_ptr, y_ptr, norm_ptr, residual_ptr, squares_out_ptr, HAS_BIAS, NORMED, GATED, ADDS, BLOCK_N,
     )  # fmt: skip
 

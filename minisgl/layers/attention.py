@@ -17,7 +17,7 @@ from minisgl.models.config import ModelConfig
 
 
 class Attention:
-    """q, k and v in one matmul; q/k norm, rotary embedding and KV store in one launch; then attention and o."""
+    """q, k and v in one matmul; q/k norm, rotary embedding, KV store and attention in one launch or three; then o."""
 
     def __init__(self, empty: Empty, config: ModelConfig, window: int):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -41,38 +41,7 @@ class Attention:
     ) -> torch.Tensor:
         """x  # [T, hidden] -> [T, hidden]. Stores the keys and values of the batch in this layer's
         k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
-        rotary = self._rotary(cos_sin)
-        q = rotary_store(self.qkv(x), batch.positions, batch.slots, k_cache, v_cache, rotary)  # [T, H, D]
-        decoding = batch.num_decode
-        out = q.new_empty(q.shape)
-        if decoding:
-            attention_decode(
-                q[:decoding],
-                k_cache,
-                v_cache,
-                batch.page_table,
-                batch.rows[:decoding],
-                batch.kv_lens[:decoding],
-                batch.max_decode_len,
-                scale=self.scale,
-                window=self.window,
-                out=out[:decoding],
-            )
-        if len(q) > decoding:
-            attention_prefill(
-                q[decoding:],
-                k_cache,
-                v_cache,
-                batch.page_table,
-                batch.rows[decoding:],
-                batch.cu_seqlens,
-                batch.kv_lens[decoding:],
-                batch.tiles,
-                scale=self.scale,
-                window=self.window,
-                out=out[decoding:],
-            )
-        return self.o(out.flatten(1))
+        return self.o(self._attend(self.qkv(x), batch, k_cache, v_cache, cos_sin).flatten(1))
 
     def decode(
         self,
@@ -84,25 +53,37 @@ class Attention:
         norm_after: RMSNorm,
     ) -> Stream:
         """The same for a small batch of decodes alone, added to the stream that `norm_after` reads."""
-        qkv = self.qkv.of_stream(stream)
+        out = self._attend(self.qkv.of_stream(stream), batch, k_cache, v_cache, cos_sin)
+        return self.o.into_stream(stream, out.flatten(1), norm_after)
+
+    def _attend(
+        self, qkv: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor, cos_sin: torch.Tensor
+    ) -> torch.Tensor:
+        """qkv  # [T, (H + 2K) * D] -> [T, H, D]."""
+        rotary = Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
         out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
-        attention_decode_rotary(
-            qkv,
+        decoding = batch.num_decode
+        decode_rows = batch.page_table, batch.rows[:decoding], batch.kv_lens[:decoding], batch.max_decode_len
+        scores = {"scale": self.scale, "window": self.window}
+        if decoding == len(qkv):
+            attention_decode_rotary(qkv, k_cache, v_cache, *decode_rows, rotary, **scores, out=out)
+            return out
+        q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, rotary)
+        if decoding:
+            attention_decode(q[:decoding], k_cache, v_cache, *decode_rows, **scores, out=out[:decoding])
+        attention_prefill(
+            q[decoding:],
             k_cache,
             v_cache,
             batch.page_table,
-            batch.rows,
-            batch.kv_lens,
-            batch.max_decode_len,
-            self._rotary(cos_sin),
-            scale=self.scale,
-            window=self.window,
-            out=out,
+            batch.rows[decoding:],
+            batch.cu_seqlens,
+            batch.kv_lens[decoding:],
+            batch.tiles,
+            **scores,
+            out=out[decoding:],
         )
-        return self.o.into_stream(stream, out.flatten(1), norm_after)
-
-    def _rotary(self, cos_sin: torch.Tensor) -> Rotary:
-        return Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
+        return out
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = self.qkv.tensors() | self.o.tensors()

@@ -97,7 +97,7 @@ def test_both_split_sizes(device, dtype, assert_close):
 
 
 def test_more_splits_than_one_combine_block(device, dtype, assert_close, monkeypatch):
-    monkeypatch.setattr(module, "COMBINE_BLOCK", 2)
+    monkeypatch.setattr(module, "COMBINE_SPLITS", 2)
     problem = make_problem([5 * module.SHORT_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
 
