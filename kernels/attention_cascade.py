@@ -64,13 +64,13 @@ def max_tiles(batch: int, tile_members: int) -> int:
 
 def tile_members(heads: int, kv_heads: int, dtype: torch.dtype) -> int:
     """C that suits a model; 1: no two sequences fit in a tile."""
-    # Blocks on the same keys: 2 take 168 of 255 registers at D=128 on sm_90, 3 take 219 and 4 spill; in fp32 2 spill.
+    # Blocks on the same keys: at D=128 on sm_90, 2 take 168 of 255 registers, 3 take 236 and 4 spill; in fp32, 2 spill.
     blocks = 2 if dtype.itemsize == 2 else 1
     return blocks * _block_members(heads, kv_heads)
 
 
 def _block_rows(heads: int, kv_heads: int) -> int:
-    return max(16, triton.next_power_of_2(heads // kv_heads))  # as in `attention_decode`
+    return int(max(16, triton.next_power_of_2(heads // kv_heads)))  # as in `attention_decode`
 
 
 def _block_members(heads: int, kv_heads: int) -> int:
@@ -159,9 +159,9 @@ def _attention_cascade_kernel(
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     members_ptr += tile * (BLOCKS * BLOCK_MEMBERS)
     first_member = tl.load(members_ptr)
-    _, _, split_size, _ = _splits(tl.load(kv_lens_ptr + first_member), 0, BLOCK_N)
-    begin = split * split_size
-    end = begin + split_size
+    _, _, size, _ = _splits(tl.load(kv_lens_ptr + first_member), 0, BLOCK_N)
+    begin = split * size
+    end = begin + size
     table_row = page_table_ptr + tl.load(rows_ptr + first_member).to(tl.int64) * page_table_stride
     k_ptr += kv_head * HEAD_DIM
     v_ptr += kv_head * HEAD_DIM
@@ -169,9 +169,9 @@ def _attention_cascade_kernel(
     pairs = tl.arange(0, BLOCK_G)  # (member, query head) of a block
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + pairs % GROUP
-    members = ()  # one value a block, each [BLOCK_G]; so in all that follow
-    queries = ()
-    states = ()
+    members: tl.tuple = ()  # of each block: [BLOCK_G] sequences, of which a row is a query head; -1 is padding
+    queries: tl.tuple = ()  # [BLOCK_G, BLOCK_D]
+    states: tl.tuple = ()  # accumulated values  # [BLOCK_G, BLOCK_D], running maximum and sum  # [BLOCK_G]
     for block in tl.static_range(BLOCKS):
         in_block = pairs < BLOCK_MEMBERS * GROUP
         member = tl.load(members_ptr + block * BLOCK_MEMBERS + pairs // GROUP, mask=in_block, other=-1).to(tl.int64)
@@ -196,7 +196,7 @@ def _attention_cascade_kernel(
         next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
         k = load_block(k_ptr, page, start, 0, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, False)
         v = load_block(v_ptr, page, start, 0, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, False)
-        new_states = ()
+        new_states: tl.tuple = ()
         for block in tl.static_range(BLOCKS):
             scores = tl.dot(queries[block], tl.trans(k), input_precision="ieee")
             acc, row_max, row_sum = states[block]
