@@ -37,7 +37,7 @@ def commands() -> list[object]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder where the README's paths exist and `minisgl` is this checkout's."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.results.jsonl"))
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.results.jsonl*"))
     shutil.copytree(MODEL_PATH, tmp_path / "minisgl" / "demo" / "model")
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "minisgl"
@@ -107,7 +107,7 @@ def test_every_error_type_is_in_the_readme() -> None:
     types = set()
     for path in (ROOT / "minisgl").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("RequestError", "_refuse", "row_error"):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("RequestError", "_refuse", "refuse", "row_error"):
                 texts = [getattr(argument, "value", None) for argument in call.args]
                 types |= {text for text in texts if re.fullmatch(r"[a-z]+(_[a-z]+)+", str(text))}
     listed = README.split("Error types:")[1].split(".")[0]
