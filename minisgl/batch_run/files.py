@@ -54,14 +54,18 @@ def check_writable(path: Path) -> None:
     """MinisglError, before anything is loaded, when a results file cannot be written at `path`."""
     if path.is_dir():
         raise MinisglError(f"{path} is a folder; name a file for the results with -o")
-    if path.exists() and not os.access(path, os.W_OK):
+    if path.exists() and not _may_write(path):
         raise MinisglError(f"{path} cannot be written: permission denied; name another file with -o")
     if not path.parent.is_dir():
         raise MinisglError(
             f"the output folder {path.parent} does not exist; make it first or name another file with -o"
         )
-    if not is_stream(path) and not os.access(path.parent, os.W_OK):
+    if not is_stream(path) and not _may_write(path.parent):
         raise MinisglError(f"the folder {path.parent} cannot be written to; name a file in another one with -o")
+
+
+def _may_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def is_stream(path: Path) -> bool:

@@ -48,7 +48,7 @@ def open_sources(inputs: Sequence[str], split: str | None = None, output: str = 
     if split is not None and all(source.path for source in sources):
         raise MinisglError("--split is for data sets (hf:ORG/NAME, or a folder that `datasets` saved): leave it out")
     for source in sources:
-        if source.path and Path(output).exists() and source.path.samefile(output):
+        if source.path and _is_same_file(source.path, Path("/dev/stdout") if output == "-" else Path(output)):
             raise MinisglError("the output is the input file, which would be lost; name another output with -o")
     return sources
 
@@ -105,7 +105,7 @@ def default_output(inputs: Sequence[str], shard: tuple[int, int] = (1, 1)) -> st
 
 def _expand(name: str, split: str | None, output: str) -> list[Source]:
     if name == "-":
-        return [Source("stdin", "line", lambda: formats.read_lines(_stdin()))]
+        return [Source("stdin", "line", lambda: formats.read_lines(_stdin()), path=Path("/dev/stdin"))]
     if name.startswith(HUB):
         return [_data_set(name, split, lambda: formats.load_hub(name.removeprefix(HUB), split))]
     path = Path(name)
@@ -187,6 +187,14 @@ def _data_set(name: str, split: str | None, load: Callable[[], Any]) -> Source:
         return loaded[0]
 
     return Source(name, "row", lambda: enumerate(data()), lambda: formats.count_data_set(data(), split))
+
+
+def _is_same_file(source: Path, output: Path) -> bool:
+    """Whether both are one file, by any name. Terminals and pipes never are."""
+    try:
+        return source.is_file() and source.samefile(output)
+    except OSError:  # no such output yet, or a stream that is closed
+        return False
 
 
 def _stdin() -> BinaryIO:

@@ -88,9 +88,13 @@ class FakeLLM:
         return [(request, self.answer(request)) for request in ended]
 
     def answer(self, request: Request) -> Result:
-        usage = Usage(request.num_prompt, request.num_output, 1)
         if request.params.stop == ("ENGINE",):
+            usage = Usage(request.num_prompt, request.num_output, 1)
             return Result("half", request.output_ids, "error", usage, RequestError("does not fit any more"))
+        return self.good_answer(request)
+
+    def good_answer(self, request: Request) -> Result:
+        usage = Usage(request.num_prompt, request.num_output, 1)
         return Result(f"answer {request.index}", request.output_ids, "stop", usage)
 
 

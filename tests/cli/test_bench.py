@@ -26,15 +26,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> Ca
 
 
 def test_throughput(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "throughput", run=["row"], table="12 tokens/s")
+    rows = [{"engine": "minisgl"}, {"engine": "transformers"}]
+    calls = stand_in(monkeypatch, "throughput", run=rows, table="12 tokens/s", ratio=2.5)
     done = invoke("bench", "throughput")
     assert done.exit_code == 0, done.output
-    assert calls == [((), {**DEFAULTS, "workload": "mini", "profile_dir": None}), ((["row"],), {})]
-    assert done.stdout == "12 tokens/s\n"
+    assert calls[0] == ((), {**DEFAULTS, "workload": "mini", "profile_dir": None})
+    assert done.stdout == "12 tokens/s\n12 tokens/s\nminisgl is 2.50 times as fast as transformers\n"
 
 
 def test_throughput_with_flags(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls = stand_in(monkeypatch, "throughput", run=["row"], table="12 tokens/s")
+    calls = stand_in(monkeypatch, "throughput", run=[{"engine": "minisgl"}], table="12 tokens/s")
     (tmp_path / "trace").mkdir()
     (tmp_path / "trace" / "kernels.txt").write_text("mm 99%")
     flags = "--workload p.jsonl -m demo --repeats 5 --warmups 0 --json x.jsonl --baseline transformers --profile trace"
@@ -54,7 +55,7 @@ def test_throughput_with_flags(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_latency(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = stand_in(monkeypatch, "latency", run=["row"], table="TTFT 3")
+    calls = stand_in(monkeypatch, "latency", run=[{"engine": "minisgl"}], table="TTFT 3")
     assert invoke("bench", "latency").stdout == "TTFT 3\n"
     assert calls[0] == ((), {**DEFAULTS, "batch": 1, "input_len": 128, "output_len": 128})
     invoke("bench", "latency", "--batch", "8", "--input-len", "9", "--output-len", "7", "--no-overlap")

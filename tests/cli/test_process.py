@@ -13,19 +13,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# minisgl with FakeLLM for its engine; a step takes 20 ms and the exit 200, so that there is time to interrupt them.
+# minisgl with FakeLLM for its engine; a step takes STEP_S and the exit 200 ms, so that there is time to interrupt them.
 # Where the tests run in the background of a script, SIGINT is ignored, and children inherit that: it is switched on.
 PROGRAM = """
-    import atexit, signal, sys, time, types
+    import atexit, os, signal, sys, time, types
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from tests.batch_run.fake_llm import FakeLLM
 
     class SlowLLM(FakeLLM):
         def step(self):
-            time.sleep(0.02)
+            time.sleep(float(os.environ["STEP_S"]))
             return super().step()
 
     sys.modules["minisgl.llm"] = types.SimpleNamespace(LLM=SlowLLM)
+    from minisgl.batch_run import job
+    job.revision = lambda model: "as it was"
     atexit.register(time.sleep, 0.2)
     from minisgl.cli.main import main
     main()
@@ -41,7 +43,7 @@ def wait_for_rows(results: Path) -> None:
 @pytest.fixture
 def environment() -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**env, "PYTHONPATH": str(ROOT)}
+    return {**env, "PYTHONPATH": str(ROOT), "STEP_S": "0.02"}
 
 
 @pytest.fixture
@@ -56,16 +58,21 @@ def start(*args: object, env: dict[str, str], **streams: int) -> "subprocess.Pop
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, **streams)
 
 
-def test_ctrl_c_keeps_whole_rows(many_prompts: Path, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_what_runs(
+    many_prompts: Path, environment: dict[str, str], signum: signal.Signals, code: int
+) -> None:
     results = many_prompts.with_name("prompts.results.jsonl")
     process = start("run", many_prompts, env=environment)
     wait_for_rows(results)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     rows = [json.loads(line) for line in results.read_bytes().splitlines()]
     assert 0 < len(rows) < 5000
-    assert b"Interrupted:" in err.splitlines()[-1] and b"Traceback" not in err
+    said = err.splitlines()
+    assert said[-2].startswith(b"Finishing the rows that run") and said[-1].startswith(b"Interrupted:")
+    assert b"the same command goes on from there" in said[-1] and b"Traceback" not in err
 
 
 def test_ctrl_c_again_and_again(many_prompts: Path, environment: dict[str, str]) -> None:
@@ -80,15 +87,6 @@ def test_ctrl_c_again_and_again(many_prompts: Path, environment: dict[str, str])
     _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT), err  # the latter late in Python's exit; 130 to a shell
     assert b"KeyboardInterrupt" not in err, err
-    assert [json.loads(line) for line in results.read_bytes().splitlines()]
-
-
-def test_a_killed_run_keeps_whole_rows(many_prompts: Path, environment: dict[str, str]) -> None:
-    results = many_prompts.with_name("prompts.results.jsonl")
-    process = start("run", many_prompts, env=environment)
-    wait_for_rows(results)
-    process.kill()
-    process.communicate(timeout=60)
     assert [json.loads(line) for line in results.read_bytes().splitlines()]
 
 
@@ -115,7 +113,7 @@ def test_stdin_that_is_the_output(many_prompts: Path, environment: dict[str, str
 
 def test_help_does_not_import_torch(environment: dict[str, str]) -> None:
     code = "import sys; from minisgl.cli.main import main; main(['run', '--help'], standalone_mode=False); "
-    code += "sys.exit(bool({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    code += "sys.exit(bool({'torch', 'transformers', 'triton', 'datasets', 'pyarrow'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
