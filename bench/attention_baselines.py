@@ -54,6 +54,7 @@ def dense_prefill(
         def visible(b: torch.Tensor, h: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return query + cached >= key
 
+        torch.compiler.reset()  # or the ninth shape passes the limit of recompilations, and runs eagerly
         blocks = create_block_mask(visible, None, None, new, kv_len, device=str(device))
         compiled = torch.compile(flex_attention, dynamic=False)
         return lambda: compiled(q, k, v, block_mask=blocks, scale=scale, enable_gqa=True)

@@ -4,8 +4,9 @@ Also what all engines agree on: the model's folder, the sampling and the shape o
 transformers_engine.py. Knows clocks and requests; knows nothing of metrics.
 """
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -52,10 +53,23 @@ class BenchEngine(Protocol):
     ) -> None: ...
 
 
-def find_model(model: str) -> tuple[Path, bool]:
-    """The folder of a model (a folder, a Hugging Face id, a name in bench/models), and whether it is only a shape."""
+def find_model(model: str, options: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """The folder of a model (a folder, a Hugging Face id, a name in bench/models), and the options to load it with: a
+    name in bench/models is only a shape, and gets random weights."""
     shape = next((path.parent for path in SHAPES.glob("*/config.json") if path.parent.name == model), None)
-    return (shape, True) if shape else (resolve_model(model), False)
+    return (shape, {"load_format": "dummy", **options}) if shape else (resolve_model(model), options)
+
+
+def open_engines(folder: Path, options: dict[str, Any], baseline: str | None) -> Iterator[BenchEngine]:
+    """minisgl, then the baseline of that name, if any; each is closed before the next opens."""
+    with MinisglEngine(folder, options) as engine:
+        yield engine
+    if baseline:
+        assert baseline == "transformers"
+        from minisgl.bench.transformers_engine import TransformersEngine
+
+        with TransformersEngine(folder, options) as other:
+            yield other
 
 
 class MinisglEngine:
@@ -123,6 +137,9 @@ class MinisglEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.llm.close()
+        gc.collect()  # captured graphs and what they hold, before another engine looks for free memory
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _sampling(output_len: int) -> SamplingParams:

@@ -44,6 +44,8 @@ def run(
     device = open_gpu(device, "bench kernels")
     if plot_path:
         from minisgl.bench.plots import roofline  # first of all: without matplotlib nothing is measured in vain
+    if json_path is not None:
+        write_rows(json_path, [])  # a path that cannot be written should fail now
     limits = ceilings(device)
     name = torch.cuda.get_device_name(device)
     print(f"{name}: copy {limits.copy_gb_s:.0f} GB/s, bf16 matmul {limits.matmul_tflops:.0f} TFLOP/s")

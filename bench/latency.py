@@ -6,16 +6,15 @@ formula of each figure.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minisgl.bench.engines import BenchEngine, MinisglEngine, Outcome, find_model
+from minisgl.bench.engines import BenchEngine, Outcome, find_model, open_engines
 from minisgl.bench.harness import environment, write_rows
-from minisgl.bench.throughput import open_baseline
 from minisgl.bench.workloads import Workload, fold, uniform
 from minisgl.models.config import ModelConfig
 
@@ -34,21 +33,18 @@ def run(
     json_path: Path | None = None,
     baseline: str | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Measure `batch` requests of `input_len` and `output_len` tokens; other arguments and the rows as in
     `throughput.run`."""
-    folder, is_shape = find_model(model)
-    if is_shape:
-        options = {"load_format": "dummy", **options}
+    folder, options = find_model(model, options)
     work = fold(uniform(batch, input_len, output_len), ModelConfig.from_folder(folder).vocab_size)
-    with MinisglEngine(folder, options) as engine:
-        rows = [_measure(engine, model, work, repeats, warmups)]
-    if baseline:
-        with open_baseline(baseline, folder, options) as other:
-            rows.append(_measure(other, model, work, repeats, warmups))
     if json_path:
-        write_rows(json_path, rows)
-    return rows
+        write_rows(json_path, [])  # a path that cannot be written should fail now
+    for engine in open_engines(folder, options, baseline):
+        row = _measure(engine, model, work, repeats, warmups)
+        if json_path:
+            write_rows(json_path, [row])
+        yield row
 
 
 def _measure(engine: BenchEngine, model: str, work: Workload, repeats: int, warmups: int) -> dict[str, Any]:
@@ -90,20 +86,18 @@ def _percentiles(repeats: Sequence[Sequence[float]]) -> dict[str, Any] | None:
     return {**figures, "p50_all": [round(statistics.median(samples) * 1e3, 3) for samples in repeats]}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text."""
-    lines = []
-    for row in rows:
-        lines.append(
-            f"{row['engine']}, {row['model']}, {row['batch']} x {row['input_len']} in, {row['output_len']} out, "
-            f"{row['dtype']}, {row['device']}"
-        )
-        for metric in METRICS:
-            if figures := row[metric]:
-                each = "  ".join(f"p{q} {figures[f'p{q}']:.2f}" for q in PERCENTILES)
-                spread = f"p50 of the repeats {min(figures['p50_all']):.2f} .. {max(figures['p50_all']):.2f}"
-                lines.append(f"  {metric.removesuffix('_ms').upper():<5} ms  {each}  ({spread})")
-    if len(rows) == 2:
-        ratio = rows[1]["e2e_ms"]["p50"] / rows[0]["e2e_ms"]["p50"]
-        lines.append(f"{rows[0]['engine']} takes 1/{ratio:.2f} of the time, end to end")
+def table(row: dict[str, Any]) -> str:
+    """A row as text."""
+    shape = f"{row['batch']} x {row['input_len']} in, {row['output_len']} out"
+    lines = [f"{row['engine']}, {row['model']}, {shape}, {row['dtype']}, {row['device']}"]
+    for metric in METRICS:
+        if figures := row[metric]:
+            each = "  ".join(f"p{q} {figures[f'p{q}']:.2f}" for q in PERCENTILES)
+            spread = f"p50 of the repeats {min(figures['p50_all']):.2f} .. {max(figures['p50_all']):.2f}"
+            lines.append(f"  {metric.removesuffix('_ms').upper():<5} ms  {each}  ({spread})")
     return "\n".join(lines)
+
+
+def ratio(row: dict[str, Any], baseline: dict[str, Any]) -> float:
+    """How many times as fast as the baseline, end to end."""
+    return float(baseline["e2e_ms"]["p50"] / row["e2e_ms"]["p50"])

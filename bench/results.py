@@ -84,7 +84,7 @@ class Results:
 
 def _is_usual(row: Row) -> bool:
     """Bfloat16 and the default settings of the engine; the first rows of kernels name no type."""
-    return row.get("options", {}).keys() <= {"load_format"} and row.get("dtype", "bfloat16") == "bfloat16"
+    return set(row.get("options", {})) <= {"load_format"} and bool(row.get("dtype", "bfloat16") == "bfloat16")
 
 
 @cache

@@ -5,11 +5,11 @@ cache is emptied before each. Weights may be random: speed does not depend on th
 """
 
 import statistics
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minisgl.bench.engines import BenchEngine, MinisglEngine, find_model
+from minisgl.bench.engines import BenchEngine, MinisglEngine, find_model, open_engines
 from minisgl.bench.harness import environment, write_rows
 from minisgl.bench.workloads import WORKLOADS, Workload, load
 from minisgl.models.config import ModelConfig
@@ -25,38 +25,28 @@ def run(
     baseline: str | None = None,
     profile_dir: Path | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
-    """Measure one workload; returns a row for minisgl and one for `baseline` ("transformers"), if given, and appends
-    them to `json_path`.
+) -> Iterator[dict[str, Any]]:
+    """Measure one workload: a row for minisgl and one for `baseline` ("transformers"), if given, each as soon as it is
+    measured, and by then also in `json_path`.
 
     `model` is a folder, a Hugging Face id, or one of the shapes in bench/models (random weights); `workload` a name or
-    a file. `options` are those of `LLM`. `profile_dir`: trace some steps of one more run into that folder. Raises
-    MinisglError for an unknown workload and for one that does not fit the model.
+    a file. `options` are those of `LLM`. `profile_dir`: trace some steps of one more run of minisgl into that folder.
+    Raises MinisglError for an unknown workload and for one that does not fit the model.
     """
-    folder, is_shape = find_model(model)
-    if is_shape:
-        options = {"load_format": "dummy", **options}
+    folder, options = find_model(model, options)
     work = load(workload, folder, ModelConfig.from_folder(folder).vocab_size)
     name = workload if workload in WORKLOADS else Path(workload).name
-    rows = []
-    with MinisglEngine(folder, options) as engine:
-        rows.append(_measure(engine, model, name, work, repeats, warmups))
-        if profile_dir:
-            _trace(engine, work, profile_dir)
-    if baseline:
-        with open_baseline(baseline, folder, options) as engine:
-            rows.append(_measure(engine, model, name, work, repeats, warmups))
     if json_path:
-        write_rows(json_path, rows)
-    return rows
-
-
-def open_baseline(name: str, folder: Path, options: dict[str, Any]) -> AbstractContextManager[BenchEngine]:
-    """The engine to compare with, by the name that --baseline takes."""
-    assert name == "transformers"
-    from minisgl.bench.transformers_engine import TransformersEngine
-
-    return TransformersEngine(folder, options)
+        write_rows(json_path, [])  # a path that cannot be written should fail now
+    if profile_dir:
+        profile_dir.mkdir(parents=True, exist_ok=True)
+    for engine in open_engines(folder, options, baseline):
+        row = _measure(engine, model, name, work, repeats, warmups)
+        if json_path:
+            write_rows(json_path, [row])
+        yield row
+        if profile_dir and isinstance(engine, MinisglEngine):
+            _trace(engine, work, profile_dir)
 
 
 def _measure(engine: BenchEngine, model: str, name: str, work: Workload, repeats: int, warmups: int) -> dict[str, Any]:
@@ -104,23 +94,21 @@ def _trace(engine: MinisglEngine, work: Workload, folder: Path) -> None:
                 engine.drain(step_done)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text: each figure's median with its smallest and largest, and what the first is to the second."""
-    lines = []
-    for row in rows:
-        low, high = min(row["seconds_all"]), max(row["seconds_all"])
-        lines.append(f"{row['engine']}, {row['model']}, {row['workload']}, {row['dtype']}, {row['device']}")
-        for what in ("output", "input"):
-            tokens = row["output_tokens" if what == "output" else "prompt_tokens"]
-            spread = f"({tokens / high:,.1f} .. {tokens / low:,.1f})"
-            lines.append(f"  {what + ' tokens/s':<16} {row[what + '_tokens_per_s']:,.1f}  {spread}")
-        lines.append(
-            f"  {'seconds':<16} {row['seconds']:.3f}  ({low:.3f} .. {high:.3f}), {len(row['seconds_all'])} runs"
-        )
-        lines.append(f"  {'tokens':<16} {row['prompt_tokens']:,} in, {row['output_tokens']:,} out")
-        if row["cached_tokens"] >= 0:
-            lines[-1] += f", {row['cached_tokens']:,} from the cache"
-        lines.append(f"  {'ready_s':<16} {row['ready_s']:.2f}")
-    if len(rows) == 2:
-        lines.append(f"{rows[0]['engine']} takes 1/{rows[1]['seconds'] / rows[0]['seconds']:.2f} of the time")
+def table(row: dict[str, Any]) -> str:
+    """A row as text: each figure's median with its smallest and largest."""
+    low, high, num_runs = min(row["seconds_all"]), max(row["seconds_all"]), len(row["seconds_all"])
+    lines = [f"{row['engine']}, {row['model']}, {row['workload']}, {row['dtype']}, {row['device']}"]
+    for what, tokens in (("output", row["output_tokens"]), ("input", row["prompt_tokens"])):
+        spread = f"({tokens / high:,.1f} .. {tokens / low:,.1f})"
+        lines.append(f"  {what + ' tokens/s':<16} {row[what + '_tokens_per_s']:,.1f}  {spread}")
+    lines.append(f"  {'seconds':<16} {row['seconds']:.3f}  ({low:.3f} .. {high:.3f}), {num_runs} timed")
+    lines.append(f"  {'tokens':<16} {row['prompt_tokens']:,} in, {row['output_tokens']:,} out")
+    if row["cached_tokens"] >= 0:
+        lines[-1] += f", {row['cached_tokens']:,} from the cache"
+    lines.append(f"  {'ready_s':<16} {row['ready_s']:.2f}")
     return "\n".join(lines)
+
+
+def ratio(row: dict[str, Any], baseline: dict[str, Any]) -> float:
+    """How many times as fast as the baseline."""
+    return float(baseline["seconds"] / row["seconds"])

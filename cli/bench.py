@@ -1,7 +1,7 @@
 """`minisgl bench`: flags for the measurements in minisgl.bench, which do the work."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ import click
 
 from minisgl.cli.options import OneLineErrors, engine_flag, engine_options
 
+Row = dict[str, Any]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXAMPLES = """\b
@@ -132,9 +133,9 @@ def bench() -> None:
 @engine_options
 def throughput(engine: dict[str, Any], **flags: Any) -> None:
     """Run a workload offline and print tokens per second."""
-    from minisgl.bench.throughput import run, table
+    from minisgl.bench.throughput import ratio, run, table
 
-    click.echo(table(run(**flags, **engine)))
+    _print(run(**flags, **engine), table, ratio)
     if folder := flags["profile_dir"]:
         click.echo(f"\n{(folder / 'kernels.txt').read_text()}\n{folder / 'trace.json'}: the steps, for ui.perfetto.dev")
 
@@ -147,9 +148,19 @@ def throughput(engine: dict[str, Any], **flags: Any) -> None:
 @engine_options
 def latency(engine: dict[str, Any], **flags: Any) -> None:
     """Run equal requests together and print how long each waits for its tokens."""
-    from minisgl.bench.latency import run, table
+    from minisgl.bench.latency import ratio, run, table
 
-    click.echo(table(run(**flags, **engine)))
+    _print(run(**flags, **engine), table, ratio)
+
+
+def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Row, Row], float]) -> None:
+    """Print each row as it comes, and how the first compares to the second, its baseline."""
+    before = None
+    for row in rows:
+        click.echo(table(row))
+        if before:
+            click.echo(f"{before['engine']} is {ratio(before, row):.2f} times as fast as {row['engine']}")
+        before = row
 
 
 @bench.command(cls=OneLineErrors, epilog=KERNELS_EXAMPLES)

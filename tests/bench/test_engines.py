@@ -10,6 +10,7 @@ import torch
 
 from minisgl.bench import latency, throughput
 from minisgl.bench.engines import SHAPES, MinisglEngine, Outcome, find_model
+from minisgl.bench.transformers_engine import TransformersEngine
 from minisgl.bench.workloads import Workload
 from minisgl.demo import MODEL_PATH
 from minisgl.errors import MinisglError
@@ -51,7 +52,7 @@ def test_tokens_per_second_are_of_the_median_run(clock: list[Workload], prompts:
     assert (row["prompt_tokens"], row["input_tokens_per_s"]) == (84, 21.0)
     assert row["workload"] == "prompts.jsonl" and row["options"] == {"max_running": 8, "num_pages": 64}
     assert json.loads(path.read_text()) == row
-    assert "2.8  (1.4 .. 5.5)" in throughput.table([row])
+    assert "2.8  (1.4 .. 5.5)" in throughput.table(row)
 
 
 def test_latency_figures(clock: list[Workload]) -> None:
@@ -60,13 +61,13 @@ def test_latency_figures(clock: list[Workload]) -> None:
     assert row["ttft_ms"] == {"p50": 3000.0, "p90": 4000.0, "p99": 4000.0, "p50_all": [2000.0, 4000.0]}
     assert row["itl_ms"]["p50_all"] == [2000.0, 4000.0]
     assert row["e2e_ms"] == {"p50": 12000.0, "p90": 16000.0, "p99": 16000.0, "p50_all": [8000.0, 16000.0]}
-    assert "p50 of the repeats 2000.00 .. 4000.00" in latency.table([row])
+    assert "p50 of the repeats 2000.00 .. 4000.00" in latency.table(row)
 
 
 def test_one_token_has_no_gap(clock: list[Workload]) -> None:
     (row,) = latency.run(MODEL, output_len=1, repeats=1, **SMALL)
     assert row["itl_ms"] is None and row["ttft_ms"] == row["e2e_ms"]
-    assert "ITL" not in latency.table([row])
+    assert "ITL" not in latency.table(row)
 
 
 def test_the_engine_makes_every_token_and_starts_cold() -> None:
@@ -86,19 +87,9 @@ def test_a_workload_that_does_not_fit(work: Workload) -> None:
         engine.run(work)
 
 
-def test_shapes_get_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_model("qwen3-8b") == (SHAPES / "qwen3-8b", True)
-    assert find_model(MODEL) == (MODEL_PATH, False)
-
-    def engine(folder: Path, options: dict[str, Any]) -> Any:
-        assert (folder, options) == (SHAPES / "qwen3-8b", {"load_format": "dummy", "max_len": 99})
-        raise MinisglError("seen")
-
-    for bench in (throughput, latency):
-        monkeypatch.setattr(bench, "MinisglEngine", engine)
-    for run in (lambda: throughput.run("qwen3-8b", "single", max_len=99), lambda: latency.run("qwen3-8b", max_len=99)):
-        with pytest.raises(MinisglError, match="seen"):
-            run()
+def test_shapes_get_random_weights() -> None:
+    assert find_model("qwen3-8b", {"max_len": 9}) == (SHAPES / "qwen3-8b", {"max_len": 9, "load_format": "dummy"})
+    assert find_model(MODEL, {}) == (MODEL_PATH, {})
 
 
 def test_the_same_work_through_transformers(prompts: Path) -> None:
@@ -109,7 +100,7 @@ def test_the_same_work_through_transformers(prompts: Path) -> None:
     for what in ("model", "workload", "prompt_tokens", "output_tokens", "dtype", "device"):
         assert ours[what] == theirs[what]
     assert theirs["attention"] == "sdpa" and theirs["engine_version"]
-    assert f"{theirs['seconds'] / ours['seconds']:.2f}" in throughput.table([ours, theirs])
+    assert throughput.ratio(ours, theirs) == theirs["seconds"] / ours["seconds"]
 
     ours, theirs = latency.run(MODEL, batch=2, input_len=9, output_len=3, **options)
     for figures in (theirs[metric] for metric in latency.METRICS):
@@ -120,13 +111,34 @@ def test_the_same_work_through_transformers(prompts: Path) -> None:
 def test_without_continuous_batching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.generation.continuous_batching.utils", None)
     with pytest.raises(MinisglError, match="needs continuous batching: pip install"):
-        throughput.open_baseline("transformers", MODEL_PATH, {})
+        TransformersEngine(MODEL_PATH, {})
 
 
 def test_a_trace_of_the_middle_of_a_run(prompts: Path, tmp_path: Path) -> None:
     folder = tmp_path / "trace"
-    throughput.run(MODEL, str(prompts), repeats=1, warmups=0, profile_dir=folder, **SMALL)
+    list(throughput.run(MODEL, str(prompts), repeats=1, warmups=0, profile_dir=folder, **SMALL))
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
     table = (folder / "kernels.txt").read_text()
     assert "steps of" in table and "aten::mm" in table
     assert torch.is_grad_enabled()
+
+
+def test_a_row_is_kept_when_the_baseline_fails(
+    prompts: Path, tmp_path: Path, clock: list[Workload], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.generation.continuous_batching.utils", None)
+    path = tmp_path / "rows.jsonl"
+    rows = throughput.run(MODEL, str(prompts), json_path=path, baseline="transformers", **SMALL)
+    row = next(rows)
+    with pytest.raises(MinisglError, match="needs continuous batching"):
+        next(rows)
+    assert json.loads(path.read_text()) == row
+
+
+def test_nothing_is_measured_for_a_path_that_cannot_be_written(
+    prompts: Path, tmp_path: Path, clock: list[Workload]
+) -> None:
+    for run in (throughput.run(MODEL, str(prompts), json_path=tmp_path), latency.run(MODEL, json_path=tmp_path)):
+        with pytest.raises(IsADirectoryError):
+            next(run)
+    assert clock == []

@@ -20,7 +20,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> Ca
     def noting(result: Any) -> Any:
         return lambda *args, **options: calls.append((args, options)) or result
 
-    module = SimpleNamespace(**{name: noting(result) for name, result in functions.items()})
+    module = SimpleNamespace(**{name: noting(result) for name, result in {"ratio": 1.0, **functions}.items()})
     monkeypatch.setitem(sys.modules, f"minisgl.bench.{name}", module)
     return calls
 
