@@ -15,6 +15,7 @@ from minisgl.demo import MODEL_PATH
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+CALLS = ("RequestError", "_refuse", "refuse", "row_error")  # their arguments name error types
 SET_UP = "python3 -m venv .venv && . .venv/bin/activate && "
 
 needs_demo_model = pytest.mark.skipif(
@@ -107,7 +108,7 @@ def test_every_error_type_is_in_the_readme() -> None:
     types = set()
     for path in (ROOT / "minisgl").rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("RequestError", "_refuse", "refuse", "row_error"):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in CALLS:
                 texts = [getattr(argument, "value", None) for argument in call.args]
                 types |= {text for text in texts if re.fullmatch(r"[a-z]+(_[a-z]+)+", str(text))}
     listed = README.split("Error types:")[1].split(".")[0]
