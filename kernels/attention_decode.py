@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import architecture, use_triton
+from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
+from minisgl.kernels.launch import architecture, num_multiprocessors, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
@@ -37,8 +37,9 @@ SHORT_CONTEXT = tl.constexpr(2048)
 SHORT_SPLIT = tl.constexpr(256)
 LONG_SPLIT = tl.constexpr(1024)
 COMBINE_SPLITS = 4  # splits combined at a time: fixed, so that the order of the sum is
-COMBINE_HEADS = 4  # of a program, a warp each: with one head a program, launching them takes most of the time
-COMBINE_WARPS = 4
+COMBINE_HEADS = 2  # of a program
+COMBINE_WARPS = 1  # many small programs at once hide their chain of loads: 256 x 560 takes 0.1 ms a step more with 4
+PREFETCH_PROGRAMS = 4  # a multiprocessor: above, memory is busy without
 
 
 def attention_decode_reference(
@@ -123,6 +124,29 @@ def _max_splits(max_kv_len: int, window: int, block_n: int) -> int:
     return max(short, long, 1)
 
 
+@triton.jit
+def _prefetch_keys(
+    k_ptr,
+    v_ptr,
+    table_row,
+    begin,
+    first_key,
+    end,
+    SLOT_STRIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Ask for the keys and values of a split, or of its first SHORT_SPLIT, to be brought to the L2 cache."""
+    LINE: tl.constexpr = 128 * 8 // k_ptr.dtype.element_ty.primitive_bitwidth  # elements of a cache line
+    keys = begin + tl.arange(0, SHORT_SPLIT)
+    readable = (keys >= first_key) & (keys < end)
+    pages = tl.load(table_row + keys // PAGE_SIZE, mask=readable, other=0).to(tl.int64)
+    lines = tl.minimum(tl.arange(0, triton.next_power_of_2(triton.cdiv(HEAD_DIM, LINE))) * LINE, HEAD_DIM - 1)
+    offsets = (pages * PAGE_SIZE + keys % PAGE_SIZE)[:, None] * SLOT_STRIDE + lines[None, :]
+    prefetch(k_ptr + offsets)
+    prefetch(v_ptr + offsets)
+
+
 @triton.jit(
     do_not_specialize=["page_table_ptr", "rows_ptr", "kv_lens_ptr", "page_table_stride", "max_splits"],
 )
@@ -155,44 +179,48 @@ def _attention_decode_kernel(
     ROTARY: tl.constexpr,  # q is raw, with this token's raw key and value after it: norm, rotate and store them first
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(0) // KV_HEADS
     sequence = tl.program_id(1).to(tl.int64)
-    wait_for_previous_kernel(PDL)
+    k_ptr += kv_head * HEAD_DIM
+    v_ptr += kv_head * HEAD_DIM
+    # The kernel before this one wrote q, k and v, but neither lengths nor pages: see dependent_launch.py.
     kv_len = tl.load(kv_lens_ptr + sequence)
+    table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
     first_key, keys_begin, split_size, num_splits = _splits(kv_len, WINDOW, BLOCK_N)
-    if split >= tl.maximum(num_splits, 1):  # the first split of an empty (padded) row writes zeros
-        return
     begin = keys_begin + split * split_size
     end = tl.minimum(begin + split_size, kv_len)
+    SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
+    if PREFETCH:
+        _prefetch_keys(k_ptr, v_ptr, table_row, begin, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM)
+    wait_for_previous_kernel(PDL)
+    if split >= tl.maximum(num_splits, 1):  # the first split of an empty (padded) row writes zeros
+        return
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     group = tl.arange(0, BLOCK_G)
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + group
     in_group = group < GROUP
     mask = in_group[:, None] & (dims < HEAD_DIM)[None, :]
     q_ptr += sequence * q_stride
-    table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
     if ROTARY:
         last = tl.maximum(kv_len - 1, 0)  # where the token stands
         angles = cos_sin_ptr + last.to(tl.int64) * HEAD_DIM
-        q = load_rotated(q_ptr + heads * HEAD_DIM, in_group, angles, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
-        q = q.to(q_ptr.dtype.element_ty)
         if split == num_splits - 1:  # the one program of this KV head that attends to the new key
             slot = tl.load(table_row + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
             store_kv(
-                q_ptr + (HEADS + kv_head) * HEAD_DIM + group * 0, group == 0, slot * KV_HEADS + kv_head + group * 0,
+                q_ptr + (HEADS + kv_head) * HEAD_DIM + group * 0, group == 0, slot * KV_HEADS + group * 0,
                 angles, k_ptr, v_ptr, k_norm_ptr, eps, KV_HEADS, HEAD_DIM, BLOCK_D, HAS_K_NORM,
             )  # fmt: skip
             tl.debug_barrier()  # before other threads read it back
+        q = load_rotated(q_ptr + heads * HEAD_DIM, in_group, angles, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
+        q = q.to(q_ptr.dtype.element_ty)
     else:
         q = tl.load(q_ptr + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-    k_ptr += kv_head * HEAD_DIM
-    v_ptr += kv_head * HEAD_DIM
 
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
@@ -237,8 +265,8 @@ def _combine_kernel(
 ):
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     sequence = tl.program_id(1).to(tl.int64)
-    wait_for_previous_kernel(PDL)
     _, _, _, num_splits = _splits(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
+    wait_for_previous_kernel(PDL)
     if num_splits <= 1:  # written by the first launch
         return
     dims = tl.arange(0, BLOCK_D)
@@ -370,6 +398,8 @@ def _launch(
     max_splits = _max_splits(max_kv_len, window, tile.block_n)
     partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
     logsumexp = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    launch = dependent_launch(q.device)
+    programs = max_splits * kv_heads * batch
     _attention_decode_kernel[(max_splits * kv_heads, batch)](
         q,
         k_cache,
@@ -396,9 +426,10 @@ def _launch(
         ROTARY=rotary is not None,
         HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
+        PREFETCH=launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **dependent_launch(q.device),
+        **launch,
     )
     if max_splits == 1:
         return
@@ -416,5 +447,5 @@ def _launch(
         BLOCK_H=COMBINE_HEADS,
         BLOCK_D=block_d,
         num_warps=COMBINE_WARPS,
-        **dependent_launch(q.device),
+        **launch,
     )

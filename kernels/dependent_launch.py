@@ -1,10 +1,13 @@
 """Programmatic dependent launch: a kernel starts while the one before it on the stream still runs.
 
 A kernel boundary inside a captured graph costs about a microsecond, of which this hides half: the next kernel's
-programs are placed, and constants (weights) asked for, while the last programs of this one finish. The rule that
-keeps it right: every program of every kernel waits before it reads what another kernel made and before it writes
-anything, those that have nothing to do included. So a kernel's end implies the end of all before it, and
-**before the wait only constants may be read: what no kernel of a step writes.**
+programs are placed, and what they may read already is asked for, while the last programs of this one finish. Two rules
+keep it right:
+
+- Every program of every kernel waits before it reads what the kernel before it wrote and before it writes anything,
+  those that have nothing to do included. So a kernel's end implies the end of all before it.
+- A program lets the next kernel start only after its own wait. So a kernel that has started may read, before its wait,
+  all that earlier kernels than the one just before it wrote: weights, and the lengths and pages of a step.
 
 Knows: NVIDIA GPUs from sm_90 have it. Elsewhere kernels follow each other as always, and the wait is nothing.
 """
@@ -20,10 +23,23 @@ from minisgl.kernels.launch import architecture
 
 @triton.jit
 def wait_for_previous_kernel(PDL: tl.constexpr):
-    """Let the next kernel start, and wait for the end of the one before."""
+    """Wait for the end of the kernel before, then let the next one start."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines at pointers (any shape) to be brought to the L2 cache. Where PDL is, this is too."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",  # inline assembly must have a result
+        "=r,l",
+        [pointers.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @cache

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
+from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
 from minisgl.kernels.launch import architecture, check, check_same, use_triton
 from minisgl.kernels.silu_mul import silu_mul_reference
 
@@ -253,20 +253,13 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _prefetch(row_ptr, inputs, BLOCK_K: tl.constexpr):
+def _prefetch_rows(row_ptr, inputs, BLOCK_K: tl.constexpr):
     """Ask for the first `inputs` inputs of the rows at row_ptr  # [BLOCK_N] to be brought to the L2 cache."""
     LINE: tl.constexpr = 128 * 8 // row_ptr.dtype.element_ty.primitive_bitwidth  # elements of a cache line
     lines = tl.arange(0, BLOCK_K // LINE) * LINE
     for start in range(0, inputs, BLOCK_K):
         cols = tl.minimum(start + lines, inputs - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",  # inline assembly must have a result
-            "=r,l",
-            [(row_ptr[:, None] + cols[None, :]).to(tl.int64, bitcast=True)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        prefetch(row_ptr[:, None] + cols[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -302,9 +295,9 @@ def _mma_kernel(
     row_ptr = _row_pointers(weight_ptr, outputs, N, weight_stride)
     up_ptr = row_ptr + tl.full([], N, tl.int64) * weight_stride
     if PDL:
-        _prefetch(row_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
+        _prefetch_rows(row_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
         if GATED:
-            _prefetch(up_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
+            _prefetch_rows(up_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
     wait_for_previous_kernel(PDL)
 
     x_row_ptr = x_ptr + rows.to(tl.int64) * x_stride

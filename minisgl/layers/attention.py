@@ -41,7 +41,38 @@ class Attention:
     ) -> torch.Tensor:
         """x  # [T, hidden] -> [T, hidden]. Stores the keys and values of the batch in this layer's
         k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
-        return self.o(self._attend(self.qkv(x), batch, k_cache, v_cache, cos_sin).flatten(1))
+        qkv = self.qkv(x)
+        out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
+        q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, self._rotary(cos_sin))
+        decoding = batch.num_decode
+        if decoding:
+            attention_decode(
+                q[:decoding],
+                k_cache,
+                v_cache,
+                batch.page_table,
+                batch.rows[:decoding],
+                batch.kv_lens[:decoding],
+                batch.max_decode_len,
+                scale=self.scale,
+                window=self.window,
+                out=out[:decoding],
+            )
+        if decoding < len(q):
+            attention_prefill(
+                q[decoding:],
+                k_cache,
+                v_cache,
+                batch.page_table,
+                batch.rows[decoding:],
+                batch.cu_seqlens,
+                batch.kv_lens[decoding:],
+                batch.tiles,
+                scale=self.scale,
+                window=self.window,
+                out=out[decoding:],
+            )
+        return self.o(out.flatten(1))
 
     def decode(
         self,
@@ -53,37 +84,25 @@ class Attention:
         norm_after: RMSNorm,
     ) -> Stream:
         """The same for a small batch of decodes alone, added to the stream that `norm_after` reads."""
-        out = self._attend(self.qkv.of_stream(stream), batch, k_cache, v_cache, cos_sin)
-        return self.o.into_stream(stream, out.flatten(1), norm_after)
-
-    def _attend(
-        self, qkv: torch.Tensor, batch: Batch, k_cache: torch.Tensor, v_cache: torch.Tensor, cos_sin: torch.Tensor
-    ) -> torch.Tensor:
-        """qkv  # [T, (H + 2K) * D] -> [T, H, D]."""
-        rotary = Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
+        qkv = self.qkv.of_stream(stream)
         out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
-        decoding = batch.num_decode
-        decode_rows = batch.page_table, batch.rows[:decoding], batch.kv_lens[:decoding], batch.max_decode_len
-        scores = {"scale": self.scale, "window": self.window}
-        if decoding == len(qkv):
-            attention_decode_rotary(qkv, k_cache, v_cache, *decode_rows, rotary, **scores, out=out)
-            return out
-        q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, rotary)
-        if decoding:
-            attention_decode(q[:decoding], k_cache, v_cache, *decode_rows, **scores, out=out[:decoding])
-        attention_prefill(
-            q[decoding:],
+        attention_decode_rotary(
+            qkv,
             k_cache,
             v_cache,
             batch.page_table,
-            batch.rows[decoding:],
-            batch.cu_seqlens,
-            batch.kv_lens[decoding:],
-            batch.tiles,
-            **scores,
-            out=out[decoding:],
+            batch.rows,
+            batch.kv_lens,
+            batch.max_decode_len,
+            self._rotary(cos_sin),
+            scale=self.scale,
+            window=self.window,
+            out=out,
         )
-        return out
+        return self.o.into_stream(stream, out.flatten(1), norm_after)
+
+    def _rotary(self, cos_sin: torch.Tensor) -> Rotary:
+        return Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found = self.qkv.tensors() | self.o.tensors()
