@@ -66,17 +66,20 @@ def clean_reference(logits: torch.Tensor) -> torch.Tensor:
 
 def blocks_reference(x: torch.Tensor) -> torch.Tensor:
     """[N, V] cut in blocks  # [N, B, block]; what the last one lacks is -inf."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
+    padded: torch.Tensor = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK), value=-torch.inf)
+    return padded.reshape(len(x), -(-x.shape[1] // BLOCK), BLOCK)
 
 
 def summarize_blocks_reference(
-    logits: torch.Tensor, rows: torch.Tensor, temperature: torch.Tensor
+    logits: torch.Tensor, rows: torch.Tensor | None = None, temperature: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in torch; see `summarize_blocks`."""
     blocks = blocks_reference(clean_reference(logits))
     largest = blocks.amax(-1)
     above = blocks - largest.clamp_min(-LARGEST.value)[..., None]
-    return largest, torch.exp(above / temperature[rows.long().clamp_min(0)][:, None, None]).sum(-1)
+    if rows is not None and temperature is not None:
+        above /= temperature[rows.long().clamp_min(0)][:, None, None]
+    return largest, torch.exp(above).sum(-1)
 
 
 @triton.jit
@@ -160,11 +163,14 @@ def _summarize_blocks_kernel(
     mass_ptr,
     SHAPE: tl.constexpr,
     PROGRAM_BLOCKS: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
     blocks = tl.program_id(0) * PROGRAM_BLOCKS + tl.arange(0, PROGRAM_BLOCKS)
     x, _ = load_blocks(logits_ptr + sample * logits_stride, blocks, SHAPE)
-    temperature = tl.load(temperature_ptr + tl.maximum(tl.load(rows_ptr + sample), 0))
+    temperature = 1.0
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + tl.maximum(tl.load(rows_ptr + sample), 0))
     largest = tl.max(x, 1)
     out = sample * SHAPE.blocks + blocks
     tl.store(largest_ptr + out, largest, mask=blocks < SHAPE.blocks)
@@ -174,23 +180,25 @@ def _summarize_blocks_kernel(
 
 
 def summarize_blocks(
-    logits: torch.Tensor, rows: torch.Tensor, temperature: torch.Tensor
+    logits: torch.Tensor, rows: torch.Tensor | None = None, temperature: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest, mass)  # [N, B] fp32; mass is not written for a temperature below GREEDY_BELOW.
 
     logits       # [N, V] fp32, bf16 or fp16; rows may be strided
     rows         # [N] int32, row of the temperature table; -1: padding, takes row 0's
-    temperature  # [R] fp32
+    temperature  # [R] fp32; without rows and temperature, it is 1
 
     Rows must be inside the table (not checked: it would synchronise).
     Raises ValueError for a wrong shape, stride, dtype or device.
     """
     shape = Shape.of(logits)
-    check(rows.shape == logits.shape[:1], f"rows: expected [{len(logits)}], got {list(rows.shape)}")
-    check(temperature.dim() == 1, f"temperature: expected [R], got {list(temperature.shape)}")
-    for name, x, dtype in (("rows", rows, torch.int32), ("temperature", temperature, torch.float32)):
-        check(x.is_contiguous(), f"{name}: must be contiguous")
-        check_same(name, x, device=logits.device, dtype=dtype)
+    check((rows is None) == (temperature is None), "temperature: comes with rows, or neither is given")
+    if rows is not None and temperature is not None:
+        check(rows.shape == logits.shape[:1], f"rows: expected [{len(logits)}], got {list(rows.shape)}")
+        check(temperature.dim() == 1, f"temperature: expected [R], got {list(temperature.shape)}")
+        for name, x, dtype in (("rows", rows, torch.int32), ("temperature", temperature, torch.float32)):
+            check(x.is_contiguous(), f"{name}: must be contiguous")
+            check_same(name, x, device=logits.device, dtype=dtype)
     if not use_triton(logits):
         return summarize_blocks_reference(logits, rows, temperature)
     largest, mass = torch.empty(2, len(logits), shape.blocks, dtype=torch.float32, device=logits.device).unbind()
@@ -205,6 +213,7 @@ def summarize_blocks(
             mass,
             SHAPE=shape,
             PROGRAM_BLOCKS=PROGRAM_BLOCKS,
+            HAS_TEMPERATURE=temperature is not None,
             num_warps=PROGRAM_WARPS,
         )
     return largest, mass

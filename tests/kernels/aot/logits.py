@@ -1,0 +1,12 @@
+import torch
+
+from minisgl.kernels.logits import Edits, edit_logits
+
+
+def launch() -> None:
+    index, tokens = torch.empty(3, dtype=torch.int32), torch.empty(5, 4096, dtype=torch.int32)
+    edits, masks = Edits.none(5, 300, torch.device("cpu")), torch.empty(2, 4748, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits, counts = torch.empty(3, 151936, dtype=dtype), torch.empty(3, 151936, dtype=torch.int32)
+        edit_logits(logits, index, index, tokens, 4096, edits, counts)
+        edit_logits(logits, index, index, tokens, 4096, edits, counts, masks, index)
