@@ -134,8 +134,6 @@ def run(progress: str, report: Path | None, dry_run: bool, **options: Any) -> No
         click.echo(estimate(asked))
         return
     with Job(asked) as job:
-        if asked.model is None:
-            click.echo("No model given: using the demo model that ships with minisgl (-m names another).", err=True)
         summary = _answer(job, progress, report) if job.has_rows_left else Summary()
         job.finish()
     click.echo(closing_table(job, summary), err=True)
@@ -147,6 +145,8 @@ def run(progress: str, report: Path | None, dry_run: bool, **options: Any) -> No
 
 def _answer(job: Job, progress: str, report: Path | None) -> Summary:
     """Answer the rows that are left; when that does not come to its end, say how far it came and exit."""
+    if job.options.model is None:
+        click.echo("No model given: using the demo model that ships with minisgl (-m names another).", err=True)
     with job.load() as llm, StopSignals() as signals, Progress(progress, job.count(), job.num_done) as shown:
 
         def should_stop() -> bool:

@@ -46,6 +46,10 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: Messages) -> list[int]:
         """The ids of a conversation, ending where the assistant's answer begins. RequestError says what is wrong."""
+        return self.encode_rendered([self.render(messages)])[0]
+
+    def render(self, messages: Messages) -> str:
+        """The text of a conversation, with the special tokens that its template writes. RequestError as above."""
         check_messages(messages)
         if not self.has_chat_template:
             raise RequestError(
@@ -53,14 +57,19 @@ class Tokenizer:
                 "no_chat_template",
             )
         try:
-            text = self._hf.apply_chat_template(
+            text: str = self._hf.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # the template is the model's code: it may raise anything
             raise RequestError(
                 f"the model's chat template refused the messages: {error}", "invalid_messages"
             ) from error
-        return self._encode([text], add_special_tokens=False)[0]  # the template wrote them
+        _check_unicode(text)
+        return text
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_batch` of texts that `render` made: no special tokens are added."""
+        return self._encode(texts, add_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids without special tokens; bytes that are no UTF-8 become U+FFFD.
@@ -75,11 +84,7 @@ class Tokenizer:
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                message = f"the prompt is not valid Unicode: {error.reason} at character {error.start}"
-                raise RequestError(message, "invalid_prompt") from error
+            _check_unicode(text)
         if not texts:
             return []
         encoded = self._hf(
@@ -87,6 +92,14 @@ class Tokenizer:
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"the prompt is not valid Unicode: {error.reason} at character {error.start}"
+        raise RequestError(message, "invalid_prompt") from error
 
 
 def check_messages(messages: Messages) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from minisgl.batch_run.openai_batch import is_batch_line, read_batch_head, read_batch_row
 from minisgl.batch_run.rows import (
     KEYS,
+    SOURCES,
     BadRow,
     Head,
     Record,
@@ -66,7 +67,7 @@ class Template:
 
 class RowParser:
     """Makes a row of every record. Whatever a record holds, the answer is a row or a bad row, never an exception, but
-    for a table without a column that was named: that is the command's mistake, a MinisglError."""
+    for a table without the columns that make the prompt: that is the command's mistake, a MinisglError."""
 
     def __init__(
         self,
@@ -104,6 +105,11 @@ class RowParser:
                 question, used = self._map(values, is_table=isinstance(value, dict))
                 head = Head(index, head.key, _lenient_id(values, index), place, self._carry(values, used))
                 return self._with_chat(Row(head, self.defaults, n=self.n, **question))
+            if isinstance(value, dict) and not any(name in values for name in SOURCES):
+                raise MinisglError(
+                    "the table has no column prompt: name one with --prompt-column or make prompts with --template; "
+                    f"its columns are: {', '.join(map(str, values))}"
+                )
             id_ = values.get("id")
             head = Head(index, head.key, index if id_ is None else read_id(id_), place, self._carry(values, {*KEYS}))
             self._check_keys(values)

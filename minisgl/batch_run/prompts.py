@@ -5,7 +5,7 @@ Knows the tokenizer and the engine's interface. Does not know sources or outputs
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from minisgl.batch_run.parser import question_hash
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
@@ -54,7 +54,7 @@ class PromptMaker:
         self.llm, self.on_long, self.leaders = llm, on_long, leaders
 
     def prepare(self, rows: Sequence[Row | BadRow]) -> list[Prepared]:
-        """Every row, in order. All texts are encoded in one call."""
+        """Every row, in order."""
         done: dict[int, Prepared] = {}
         asked = []
         for row in rows:
@@ -88,9 +88,10 @@ class PromptMaker:
     # -- text to token ids --
 
     def tokenize(self, rows: list[Row]) -> list[tuple[Row, list[int] | RequestError]]:
-        """Each row with its prompt's token ids, or with why it has none."""
+        """Each row with its prompt's token ids, or with why it has none. Texts are encoded together: in parallel."""
         tokenized: list[tuple[Row, list[int] | RequestError]] = []
-        texts = []
+        texts: list[tuple[Row, str]] = []
+        rendered: list[tuple[Row, str]] = []
         for row in rows:
             if row.prompt_token_ids is not None:
                 tokenized.append((row, row.prompt_token_ids))
@@ -99,9 +100,17 @@ class PromptMaker:
             elif row.prompt is not None:
                 texts.append((row, row.prompt))
             else:
-                tokenized.append((row, self._apply_template(row.messages or [])))
-        encoded = self.llm.tokenizer.encode_batch([text for _, text in texts]) if texts else []
-        return tokenized + [(row, ids) for (row, _), ids in zip(texts, encoded, strict=True)]
+                try:
+                    rendered.append((row, self.llm.tokenizer.render(row.messages or [])))
+                except RequestError as error:
+                    tokenized.append((row, error))
+        if texts:
+            encoded = self.llm.tokenizer.encode_batch([text for _, text in texts])
+            tokenized += [(row, ids) for (row, _), ids in zip(texts, encoded, strict=True)]
+        if rendered:
+            encoded = self.llm.tokenizer.encode_rendered([text for _, text in rendered])
+            tokenized += [(row, ids) for (row, _), ids in zip(rendered, encoded, strict=True)]
+        return tokenized
 
     def _refuse_text(self, row: Row) -> RequestError | None:
         """Why the row's text cannot become tokens, whatever it says."""
@@ -115,12 +124,6 @@ class PromptMaker:
             return None
         message = f"the prompt has {num_chars:,} characters, which the context of {self._max_len:,} tokens cannot hold"
         return RequestError(f"{message}: shorten it", "prompt_too_long")
-
-    def _apply_template(self, messages: Sequence[dict[str, Any]]) -> list[int] | RequestError:
-        try:
-            return self.llm.tokenizer.apply_chat_template(messages)
-        except RequestError as error:
-            return error
 
     # -- prompts that are too long --
 

@@ -22,9 +22,15 @@ class FakeTokenizer:
         return "".join(map(chr, ids))
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
+        return self.encode_rendered([self.render(messages)])[0]
+
+    def render(self, messages: list[dict[str, Any]]) -> str:
         if not self.has_chat_template:
             raise RequestError("the model has no chat template")
-        return [1, *(ord(char) % 1000 for message in messages for char in message["content"]), 2]
+        return "\1" + "".join(message["content"] for message in messages) + "\2"
+
+    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
+        return self.encode_batch(texts)
 
 
 class FakeLLM:

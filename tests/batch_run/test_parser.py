@@ -76,6 +76,12 @@ def test_the_column_that_is_the_prompt() -> None:
         RowParser(FLAGS, prompt_column="a", template=Template("b"))
 
 
+def test_a_table_without_a_prompt() -> None:
+    with pytest.raises(MinisglError, match="--prompt-column .* its columns are: id, city, temperature, text"):
+        parse(WEATHER)
+    assert bad({"prompt": None, "city": "Oslo"}).error.message.startswith("the row has no prompt")
+
+
 def test_lines_of_text() -> None:
     assert good("Hello").prompt == "Hello"
     assert good("Hello", template=Template("Say: {{ text }}")).prompt == "Say: Hello"

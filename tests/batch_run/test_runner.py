@@ -154,7 +154,7 @@ def test_a_text_far_longer_than_the_context_is_not_tokenized(fake_llm: Any, monk
     encoded: list[int] = []
     encode = llm.tokenizer.encode_batch
     llm.tokenizer.encode_batch = lambda texts: [encoded.extend(map(len, texts)), *encode(texts)][1:]
-    llm.tokenizer.apply_chat_template = lambda messages: encoded.append(-1)
+    llm.tokenizer.render = lambda messages: encoded.append(-1)
     job = Job(llm)
     half = {"role": "user", "content": "x" * 101}
     job(rows_of({"prompt": "x" * 50}, {"prompt": "x" * 200}, {"prompt": "x" * 201}, {"messages": [half, half]}))

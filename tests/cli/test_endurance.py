@@ -151,7 +151,7 @@ def test_a_million_rows_in_flat_memory(tmp_path: Path, environment: dict[str, st
         process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
-        assert usage.ru_maxrss < 600 * 1024, f"{usage.ru_maxrss / 1024:,.0f} MiB"
+        assert usage.ru_maxrss < 150 * 1024, f"{usage.ru_maxrss / 1024:,.0f} MiB"
     with results.open("rb") as file:
         assert sum(1 for _ in file) == NUM_ROWS
 
