@@ -10,7 +10,8 @@ from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from minisgl.kernels import gumbel, sampling
 from minisgl.kernels.gumbel import gumbel_reference, random_bits_reference
-from minisgl.kernels.sampling import Tile, kept_reference, sample, sample_reference
+from minisgl.kernels.sampling import sample, sample_reference
+from minisgl.kernels.token_filters import Tile, kept_reference
 from minisgl.kernels.vocab_blocks import BLOCK, blocks_reference
 
 HAS_GPU = torch.cuda.is_available()
