@@ -104,8 +104,12 @@ class Engine:
         """Give the device's memory back."""
         if not self.closed:
             del self.model, self.kv, self.rows, self.graphs
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.empty_cache()
+
+    def empty_cache(self) -> None:
+        """Give back what torch keeps of freed memory, so that it can be had in other sizes."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def run(self, step: Step) -> PendingIds:

@@ -9,6 +9,7 @@ and launched before the wait, so that the device never waits for the host.
 Knows every part by its interface. Holds no policy, no tensors and no file formats.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from minisgl.config import EngineConfig
@@ -33,6 +35,8 @@ from minisgl.resolve import resolve
 from minisgl.scheduler import Scheduler, Step
 from minisgl.tokenizer import Messages, Tokenizer
 from minisgl.weights import resolve_model
+
+log = logging.getLogger("minisgl")
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -184,22 +188,40 @@ class LLM:
 
     def step(self) -> list[tuple[Request, Result]]:
         """Launch one forward pass and handle the results of the one before it (with `overlap`; else of the same one);
-        returns the requests that ended. When this raises, no result is lost: all requests are queued again."""
+        returns the requests that ended. When this raises, no result is lost: all requests are queued again. A step that
+        does not fit into the device's memory is such a failure, and makes later steps smaller instead of raising."""
         try:
-            step = self.scheduler.schedule()
-            if step.num_tokens:
-                launched = InFlight(step)
-                self._in_flight.append(launched)
-                launched.pending = self.engine.run(step)
-            ended = []
-            while len(self._in_flight) > (1 if step.num_tokens and self.config.overlap else 0):
-                ids = self._in_flight[0].wait_ids()
-                ended += self._finish(self._in_flight.popleft().step, ids)
-            return ended
-        except BaseException:
+            return self._step()
+        except BaseException as error:
             while self._in_flight:
                 self.scheduler.roll_back(self._in_flight.pop().step)
-            raise
+            if not isinstance(error, torch.OutOfMemoryError):
+                raise
+            if not self.scheduler.halve_steps():
+                raise MinisglError(
+                    f"{self.engine.device} has too little memory left for the smallest step: free it of other programs,"
+                    " or lower --memory-fraction, --num-pages or --max-running"
+                ) from error
+            self.engine.empty_cache()
+            log.warning(
+                "%s is out of memory: steps have at most %d tokens from now on; --max-step-tokens makes them so from "
+                "the start",
+                self.engine.device,
+                self.scheduler.max_step_tokens,
+            )
+            return []
+
+    def _step(self) -> list[tuple[Request, Result]]:
+        step = self.scheduler.schedule()
+        if step.num_tokens:
+            launched = InFlight(step)
+            self._in_flight.append(launched)
+            launched.pending = self.engine.run(step)
+        ended = []
+        while len(self._in_flight) > (1 if step.num_tokens and self.config.overlap else 0):
+            ids = self._in_flight[0].wait_ids()
+            ended += self._finish(self._in_flight.popleft().step, ids)
+        return ended
 
     def drop_waiting(self) -> list[Request]:
         """Take back the requests that wait, and return them; those that run go on."""

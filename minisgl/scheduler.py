@@ -59,10 +59,11 @@ class Scheduler:
     later; `retire` ends requests."""
 
     def __init__(self, pool: PagePool, cache: RadixCache | None, max_running: int, max_step_tokens: int) -> None:
-        assert max_step_tokens >= max_running + pool.page_size, "a full house of decodes would starve prompts"
         self.pool = pool
         self.cache = cache
         self.max_step_tokens = max_step_tokens
+        self._least_step_tokens = max_running + pool.page_size
+        assert max_step_tokens >= self._least_step_tokens, "a full house of decodes would starve prompts"
         self.waiting: deque[Request] = deque()
         self.running: dict[Request, None] = {}  # oldest first
         self.num_preemptions = 0
@@ -120,6 +121,13 @@ class Scheduler:
             request.num_pending -= 1
         if self.cache:
             self.pool.free(self.cache.forget_since(step.stamp))
+
+    def halve_steps(self) -> bool:
+        """Make steps half as large from now on, so that they take less memory; False when they are at their least."""
+        smaller = max(self.max_step_tokens // 2, self._least_step_tokens)
+        shrunk = smaller < self.max_step_tokens
+        self.max_step_tokens = smaller
+        return shrunk
 
     # -- decode --
 

@@ -277,6 +277,32 @@ def test_a_closed_engine_says_so(folder):
         llm.generate([1], GREEDY)
 
 
+def test_a_step_too_large_for_the_memory_makes_steps_smaller(folder, monkeypatch, caplog):
+    prompts = prompts_of_all_kinds()
+    with LLM(folder("qwen3"), device="cpu", **{**SMALL, "max_step_tokens": 200}, num_pages=64) as llm:
+        expected = [result.token_ids for result in llm.generate(prompts, GREEDY)]
+        llm.reset_prefix_cache()
+        run = llm.engine.run
+
+        def run_small(step):
+            if step.num_tokens > 60:
+                raise torch.OutOfMemoryError("no memory")
+            return run(step)
+
+        monkeypatch.setattr(llm.engine, "run", run_small)
+        assert [result.token_ids for result in llm.generate(prompts, GREEDY)] == expected
+        assert [record.args[1] for record in caplog.records] == [100, 50]
+        llm.reset_prefix_cache()
+        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+
+        def never(step):
+            raise torch.OutOfMemoryError("no memory")
+
+        monkeypatch.setattr(llm.engine, "run", never)
+        with pytest.raises(MinisglError, match="smallest step"):
+            llm.generate(prompts, GREEDY)
+
+
 def test_a_step_that_fails_leaves_the_engine_usable(folder, monkeypatch):
     with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
         expected = llm.generate(list(range(40)), GREEDY)[0].token_ids
