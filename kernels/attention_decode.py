@@ -39,7 +39,7 @@ LONG_SPLIT = tl.constexpr(1024)
 COMBINE_SPLITS = 4  # splits combined at a time: fixed, so that the order of the sum is
 COMBINE_HEADS = 2  # of a program
 COMBINE_WARPS = 1  # many small programs at once hide their chain of loads: 256 x 560 takes 0.1 ms a step more with 4
-PREFETCH_PROGRAMS = 4  # a multiprocessor: above, memory is busy without
+PREFETCH_PROGRAMS = 1  # a multiprocessor: above, memory is busy without (16 x 560 loses 5%)
 
 
 def attention_decode_reference(

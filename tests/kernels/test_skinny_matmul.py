@@ -142,7 +142,7 @@ def rows_to_test(dtype, device) -> list[int]:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("outputs, inputs", [(2, 64), (63, 64), (130, 300), *([(1000, 1024), (3072, 2560)] * HAS_GPU)])
+@pytest.mark.parametrize("outputs, inputs", [(9, 64), (63, 64), (130, 300), *([(1000, 1024), (3072, 2560)] * HAS_GPU)])
 @pytest.mark.usefixtures("poisoned_output")
 def test_normed_matmul_is_norm_matmul_and_gate(device, dtype, assert_close, gated, with_bias, outputs, inputs):
     for rows in rows_to_test(dtype, device):
