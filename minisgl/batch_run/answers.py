@@ -1,6 +1,6 @@
 """Output lines: an answered or failed row becomes one line of JSON, and a line is known again when a job goes on.
 
-    id, index, key, text, [token_ids,] finish_reason, [samples,] usage, error, and the columns that are carried over
+    id, index, text, [token_ids,] finish_reason, [samples,] usage, error, key, and the columns that are carried over
 
 Knows the schema of the output. Does not know files. A carried column that has a name of the output's gets "input_"
 before it.
@@ -15,7 +15,7 @@ from minisgl.batch_run.parser import jsonable
 from minisgl.batch_run.rows import Head, RowError, row_error
 from minisgl.request import Result, Usage
 
-NAMES = ("id", "index", "key", "text", "token_ids", "finish_reason", "samples", "usage", "error")
+NAMES = ("id", "index", "text", "token_ids", "finish_reason", "samples", "usage", "error", "key")
 
 # json.dumps leaves these raw, and str.splitlines (so many a reader) takes them for the end of the line.
 _LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -61,7 +61,8 @@ def relabel(line: bytes, head: Head) -> Line:
     """The answer of a row as that of another one, which asked the same."""
     values = json.loads(line)
     if head.form == "row":
-        values = {name: values[name] for name in NAMES if name in values} | _own(head) | _carried(head)
+        own = {"id": head.id, "index": head.index, "key": f"{head.key:016x}"}
+        values = {name: values[name] for name in NAMES if name in values} | own | _carried(head)
     else:
         values = openai_batch.relabel(values, head)
     return Line(head.index, head.key, values["error"] is not None, _dump(values))
@@ -78,7 +79,8 @@ def _values(head: Head, results: list[Result], error: RowError | None, return_to
     ]
     usage = results[0].usage
     return {
-        **_own(head),
+        "id": head.id,
+        "index": head.index,
         **samples[0],
         **({"samples": samples} if len(samples) > 1 else {}),
         "usage": {
@@ -87,12 +89,9 @@ def _values(head: Head, results: list[Result], error: RowError | None, return_to
             "cached_tokens": usage.cached_tokens,
         },
         "error": None if error is None else {"type": error.type, "message": error.message},
+        "key": f"{head.key:016x}",
         **_carried(head),
     }
-
-
-def _own(head: Head) -> dict[str, Any]:
-    return {"id": head.id, "index": head.index, "key": f"{head.key:016x}"}
 
 
 def _carried(head: Head) -> dict[str, Any]:

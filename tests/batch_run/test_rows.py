@@ -155,11 +155,11 @@ def test_the_answer_line() -> None:
     assert list(json.loads(line.data).items()) == [
         ("id", "a"),
         ("index", 3),
-        ("key", "00000000000000ff"),
         ("text", "h\u00e9\u2028\x85\n"),
         ("finish_reason", "stop"),
         ("usage", {"prompt_tokens": 4, "completion_tokens": 2, "cached_tokens": 1}),
         ("error", None),
+        ("key", "00000000000000ff"),
         ("label", "\ud83d"),
         ("score", float("-inf")),
         ("input_text", "its own"),
