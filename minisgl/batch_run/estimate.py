@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from minisgl.llm import LLM
 
 DEFAULT_MAX_TOKENS = 1024  # of LLM, where neither a row nor a flag nor the model says another
-PROBE_SIZE = 2048  # the matrices that are multiplied have so many rows and columns
+PROBE_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are multiplied
 PROBE_BYTES = 256 << 20
-PROBE_S = 0.2
+PROBE_CALLS = 5
 
 
 @dataclass
@@ -128,10 +128,11 @@ class _Unloaded:
 
 def _probe(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Floating-point operations and bytes that the device does in a second, when it does nothing else."""
-    a, b = (torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=dtype) for _ in range(2))
+    size = PROBE_SIZE[device.type]
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    operations = 2 * PROBE_SIZE**3 / _seconds(lambda: torch.mm(a, b), device)
+    operations = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
     return operations, 2 * PROBE_BYTES / _seconds(lambda: target.copy_(source), device)
 
 
@@ -144,10 +145,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
         return time.perf_counter()
 
     call()
-    started, count = wait(), 0
-    while time.perf_counter() - started < PROBE_S:
+    started = wait()
+    for _ in range(PROBE_CALLS):
         call()
-        count += 1
-        if device.type == "cuda" and count >= 100:  # launches run ahead of the device
-            break
-    return (wait() - started) / count
+    return (wait() - started) / PROBE_CALLS

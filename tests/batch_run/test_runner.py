@@ -290,3 +290,17 @@ def test_what_reading_raises_ends_the_run(fake_llm: Any) -> None:
 
     with pytest.raises(MinisglError, match="breaks off"):
         Job(fake_llm())(rows())
+
+
+def test_each_burst_is_handed_over_at_once(fake_llm: Any) -> None:
+    """The engine orders what it gets together by shared prefixes: a quarter of what is in flight."""
+
+    class Counting(fake_llm):  # type: ignore[misc]
+        bursts: list[list[int]] = []
+
+        def submit(self, requests: Any) -> None:
+            self.bursts.append([request.index for request in requests])
+            super().submit(requests)
+
+    Job(Counting(), max_inflight=32)(row(index) for index in range(20))
+    assert Counting.bursts == [list(range(8)), list(range(8, 16)), list(range(16, 20))]

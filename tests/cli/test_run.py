@@ -1,6 +1,7 @@
 """`minisgl run`: files, flags, messages and exit codes, on an engine that is not there."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,39 @@ def test_ctrl_c_before_the_first_row_keeps_old_results(
     done = invoke("run", prompts, "--fresh")
     assert done.stderr.splitlines()[-1] == "Interrupted: no row was written; the same command goes on from there"
     assert Path("prompts.results.jsonl").read_text() == "old\n"
+
+
+def test_progress_and_report(invoke: Invoke, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minisgl.cli import progress
+
+    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0)
+    done = invoke("run", prompts, "--progress", "plain", "--report", "report.json")
+    assert re.search(
+        r"^\d+ of 10 rows, [\d,.]+ rows/s, [\d,]+ tokens/s, \d+% cached, 0 errors, 00:00 left$", done.stderr, re.M
+    )
+    report = json.loads(Path("report.json").read_text())
+    assert (report["ended"], report["rows"], report["rows_with_errors"]) == ("complete", 10, 0)
+    assert report["prompt_tokens"] == 20 and report["settings"]["inputs"] == [str(prompts)]
+    done = invoke("run", prompts, "--progress", "none", "--fresh")
+    assert "of 10 rows" not in done.stderr and "10/10" not in done.stderr
+
+
+def test_a_report_of_a_job_that_stopped(
+    invoke: Invoke, prompts: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_llm, "fail_at_step", 3)
+    assert invoke("run", prompts, "--report", "report.json").exit_code == 2
+    report = json.loads(Path("report.json").read_text())
+    assert report["ended"] == "stopped" and 0 < report["rows"] < 10
+    done = invoke("run", prompts, "--max-errors", "0", "-o", "out.jsonl", "--chat", "--report", "report.json")
+    assert done.exit_code == 2
+
+
+def test_ordered_and_repeated_rows_on_stdout(invoke: Invoke, fake_llm: Any) -> None:
+    Path("in.jsonl").write_text("".join(f'{{"prompt": "p{index % 4}"}}\n' for index in range(20)))
+    done = invoke("run", "in.jsonl", "-o", "-", "--ordered", "--dedup", "--progress", "none")
+    assert done.exit_code == 0
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["index"] for row in rows] == list(range(20))
+    assert [row["text"] for row in rows] == [f"answer {index % 4}" for index in range(20)]
+    assert len(fake_llm.made[0].prompts) == 4
