@@ -7,7 +7,7 @@
     runner    requests -> LLM -> results                     the planner orders each burst, so it is the window
     answers   results -> Line                                one line of JSON, with the row's index and key
     journal   Line -> disk                                   appended at once, fsynced within a second, locked
-    output    journal -> .jsonl, .csv, .parquet or stdout
+    output    journal -> .jsonl, .csv, .parquet (tables); stdout and pipes (streams) need none
 
 An unordered .jsonl output is its own journal. Any other file has one beside it, OUT.journal.jsonl, from which it is
 written when the last row is there. OUT.manifest.json says what the rows were asked with: only the same command goes

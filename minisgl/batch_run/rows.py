@@ -16,6 +16,7 @@ parameter's name, and one that names what other engines do and this one does not
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -103,6 +104,9 @@ class BadRow:
 
     head: Head
     error: RowError
+
+
+OnDone = Callable[[Row | BadRow], object]  # what else is told of a row that an earlier run has done
 
 
 class RefusedRow(Exception):
