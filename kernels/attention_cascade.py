@@ -28,7 +28,7 @@ from minisgl.kernels.attention_decode import LONG_SPLIT, SHORT_CONTEXT, SHORT_SP
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, use_triton
 from minisgl.kernels.paged import LOG2_E, check_attention, check_index, load_block, load_page_ids, online_softmax
-from minisgl.kernels.rotary import Rotary, load_rotated, rotary_store_reference
+from minisgl.kernels.rotary import Rotary, load_heads, rotary_store_reference, rotate_heads
 
 
 class CascadeTiles(NamedTuple):
@@ -151,18 +151,22 @@ def _attention_cascade_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     split = tl.program_id(0) // KV_HEADS
     tile = tl.program_id(1)
-    wait_for_previous_kernel(PDL)
-    if split >= tl.load(tile_splits_ptr + tile):
-        return
     GROUP: tl.constexpr = HEADS // KV_HEADS
     BLOCK_MEMBERS: tl.constexpr = BLOCK_G // GROUP
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     members_ptr += tile * (BLOCKS * BLOCK_MEMBERS)
-    first_member = tl.load(members_ptr)
+    # The kernel before this one wrote q, but neither tiles, lengths nor pages: see dependent_launch.py.
+    is_shared = split < tl.load(tile_splits_ptr + tile)
+    first_member = tl.load(members_ptr, mask=is_shared, other=0)
     _, _, size, _ = _splits(tl.load(kv_lens_ptr + first_member), 0, BLOCK_N)
     begin = split * size
     end = begin + size
-    table_row = page_table_ptr + tl.load(rows_ptr + first_member).to(tl.int64) * page_table_stride
+    row = tl.load(rows_ptr + first_member, mask=is_shared, other=0)
+    table_row = page_table_ptr + row.to(tl.int64) * page_table_stride
+    next_page = load_page_ids(table_row, begin, tl.where(is_shared, end, 0), PAGE_SIZE, BLOCK_N)
+    wait_for_previous_kernel(PDL)
+    if not is_shared:
+        return
     k_ptr += kv_head * HEAD_DIM
     v_ptr += kv_head * HEAD_DIM
 
@@ -179,8 +183,8 @@ def _attention_cascade_kernel(
         if ROTARY:
             place = tl.load(kv_lens_ptr + member, mask=member >= 0, other=1).to(tl.int64) - 1
             angles = cos_sin_ptr + (place * HEAD_DIM)[:, None]
-            q = load_rotated(q_heads, member >= 0, angles, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
-            q = q.to(q_ptr.dtype.element_ty)
+            loaded = load_heads(q_heads, member >= 0, angles, q_norm_ptr, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
+            q = rotate_heads(loaded, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM).to(q_ptr.dtype.element_ty)
         else:
             mask = (member >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
             q = tl.load(q_heads[:, None] + dims[None, :], mask=mask, other=0.0)
@@ -190,7 +194,6 @@ def _attention_cascade_kernel(
         queries += (q,)
         states += ((acc, row_max, tl.zeros([BLOCK_G], tl.float32)),)
 
-    next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         page = next_page
         next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)

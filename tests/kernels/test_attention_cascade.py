@@ -63,7 +63,7 @@ class Problem(NamedTuple):
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=rotary is not None,
             HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
             HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(self.q.device),
+            PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(self.q.device),
         )  # fmt: skip
         return workspace
 
