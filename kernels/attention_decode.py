@@ -29,7 +29,7 @@ from minisgl.kernels.paged import (
     load_page_ids,
     online_softmax,
 )
-from minisgl.kernels.rotary import Rotary, check_rotary, load_rotated, rotary_store_reference, store_kv
+from minisgl.kernels.rotary import Rotary, check_rotary, load_heads, rotary_store_reference, rotate_heads, store_kv
 
 # Keys of a split: short contexts need more programs than one a KV head to fill a GPU (1 x 1024 on an H200: 8.3 us with
 # splits of 256, 17.6 with 1024); long ones pay for every extra split (1 x 32768: 2.2 against 3.4 TB/s).
@@ -210,6 +210,7 @@ def _attention_decode_kernel(
     if ROTARY:
         last = tl.maximum(kv_len - 1, 0)  # where the token stands
         angles = cos_sin_ptr + last.to(tl.int64) * HEAD_DIM
+        loaded = load_heads(q_ptr + heads * HEAD_DIM, in_group, angles, q_norm_ptr, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
         if split == num_splits - 1:  # the one program of this KV head that attends to the new key
             slot = tl.load(table_row + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
             store_kv(
@@ -217,8 +218,7 @@ def _attention_decode_kernel(
                 angles, k_ptr, v_ptr, k_norm_ptr, eps, KV_HEADS, HEAD_DIM, BLOCK_D, HAS_K_NORM,
             )  # fmt: skip
             tl.debug_barrier()  # before other threads read it back
-        q = load_rotated(q_ptr + heads * HEAD_DIM, in_group, angles, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
-        q = q.to(q_ptr.dtype.element_ty)
+        q = rotate_heads(loaded, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM).to(q_ptr.dtype.element_ty)
     else:
         q = tl.load(q_ptr + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
 

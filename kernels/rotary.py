@@ -64,17 +64,11 @@ def rotary_store_reference(
 
 
 @triton.jit
-def load_rotated(
-    heads_ptr,
-    head_mask,
-    table_row,
-    norm_ptr,
-    eps,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+def load_heads(
+    heads_ptr, head_mask, table_row, norm_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORM: tl.constexpr
 ):
-    """Load, norm and rotate heads that start at heads_ptr  # [BLOCK_HEADS]; returns fp32  # [BLOCK_HEADS, BLOCK_D].
+    """What `rotate_heads` reads of heads that start at heads_ptr  # [BLOCK_HEADS]. Apart from it, so that the loads of
+    several tensors can be sent for together.
 
     table_row: where the position's cosines start, before its sines; of all heads, or [BLOCK_HEADS, 1], of each. Each
     value is loaded twice, the second time as its partner in the other half, so that no value needs to cross from one
@@ -89,17 +83,29 @@ def load_rotated(
         angles = tl.max_contiguous(tl.multiple_of(angles, 8), 8)
     in_head = dims < HEAD_DIM
     mask = head_mask[:, None] & in_head[None, :]
-    narrow = tl.load(heads_ptr[:, None] + dims[None, :], mask=mask, other=0.0)
-    value = narrow.to(tl.float32)
-    partner = tl.load(heads_ptr[:, None] + partners[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_NORM:
-        scale = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + eps)[:, None]
-        weight = tl.load(norm_ptr + dims, mask=in_head, other=0.0).to(tl.float32)[None, :]
-        partner_weight = tl.load(norm_ptr + partners, mask=in_head, other=0.0).to(tl.float32)[None, :]
-        value = weight * (value * scale).to(narrow.dtype).to(tl.float32)
-        partner = partner_weight * (partner * scale).to(narrow.dtype).to(tl.float32)
+    value = tl.load(heads_ptr[:, None] + dims[None, :], mask=mask, other=0.0)
+    partner = tl.load(heads_ptr[:, None] + partners[None, :], mask=mask, other=0.0)
     cos = tl.load(table_row + angles, mask=in_head, other=0.0)
     sin = tl.load(table_row + HALF + angles, mask=in_head, other=0.0)
+    weight = cos
+    partner_weight = cos
+    if HAS_NORM:
+        weight = tl.load(norm_ptr + dims, mask=in_head, other=0.0).to(tl.float32)
+        partner_weight = tl.load(norm_ptr + partners, mask=in_head, other=0.0).to(tl.float32)
+    return value, partner, weight, partner_weight, cos, sin
+
+
+@triton.jit
+def rotate_heads(heads, eps, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORM: tl.constexpr):
+    """Norm and rotate what `load_heads` loaded; returns fp32  # [BLOCK_HEADS, BLOCK_D]."""
+    narrow, narrow_partner, weight, partner_weight, cos, sin = heads
+    value = narrow.to(tl.float32)
+    partner = narrow_partner.to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(value * value, 1) / HEAD_DIM + eps)[:, None]
+        value = weight[None, :] * (value * scale).to(narrow.dtype).to(tl.float32)
+        partner = partner_weight[None, :] * (partner * scale).to(narrow.dtype).to(tl.float32)
+    in_first_half = tl.arange(0, BLOCK_D) < HEAD_DIM // 2
     return value * cos + tl.where(in_first_half[None, :], -partner, partner) * sin
 
 
@@ -122,8 +128,9 @@ def store_kv(
     NUM_KV_HEADS heads after them, at head_slots  # [BLOCK_HEADS]: slot * NUM_KV_HEADS + head."""
     dims = tl.arange(0, BLOCK_D)
     mask = head_mask[:, None] & (dims < HEAD_DIM)[None, :]
-    k = load_rotated(k_ptr, head_mask, table_row, k_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_NORM)
+    heads = load_heads(k_ptr, head_mask, table_row, k_norm_ptr, HEAD_DIM, BLOCK_D, HAS_NORM)
     v = tl.load(k_ptr[:, None] + NUM_KV_HEADS * HEAD_DIM + dims[None, :], mask=mask)
+    k = rotate_heads(heads, eps, HEAD_DIM, BLOCK_D, HAS_NORM)
     places = head_slots.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(k_cache_ptr + places, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
     tl.store(v_cache_ptr + places, v, mask=mask)
@@ -164,7 +171,8 @@ def _rotary_store_kernel(
         heads += tl.program_id(1) * BLOCK_HEADS
         is_head = heads < NUM_HEADS
         q_ptr = qkv_row + heads * HEAD_DIM
-        q = load_rotated(q_ptr, is_head, table_row, q_norm_ptr, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
+        loaded = load_heads(q_ptr, is_head, table_row, q_norm_ptr, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
+        q = rotate_heads(loaded, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
         tl.debug_barrier()  # q is rotated in place: all threads have their partners before one writes
         tl.store(q_ptr[:, None] + dims[None, :], q.to(qkv_ptr.dtype.element_ty), mask=is_head[:, None] & in_head)
     else:

@@ -33,8 +33,8 @@ from minisgl.kernels.vocab_blocks import (
 class Tile:
     """How a row's program cuts its work; no field changes what is kept."""
 
-    num_warps: int = 16
-    read_blocks: int = 64  # at once: 8 logits a thread
+    num_warps: int = 8  # 256 rows, top-k 20 and top-p: 54 us on an H200, 71 with 16, of which one fits a processor
+    read_blocks: int = 64  # at once: 16 logits a thread
     first_list: int = 64  # blocks listed at first
     list_growth: int = 16  # how many times more are listed next
     ways: int = 8  # pivots a pass of the search: three passes find one of 512 keys, the width of a nucleus in bf16
