@@ -46,7 +46,7 @@ class Feeder(Generic[Item, Made]):
     def close(self) -> None:
         """Stop reading. A thread that waits for input is left behind: it ends with the process."""
         self._closing.set()
-        self._thread.join(timeout=2 * POLL_S)
+        self._thread.join(timeout=5 * POLL_S)
 
     def _feed(self) -> None:
         try:

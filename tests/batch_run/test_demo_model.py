@@ -1,0 +1,56 @@
+"""The runner on a real engine: what the stand-in of the other tests only pretends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minisgl.batch_run.job import Job, JobOptions
+from minisgl.demo import MODEL_PATH
+from minisgl.llm import LLM
+from minisgl.request import SamplingParams
+
+pytestmark = pytest.mark.skipif(not any(MODEL_PATH.glob("*.safetensors")), reason="needs the demo model's weights")
+
+
+def test_requests_that_wait_can_be_taken_back() -> None:
+    with LLM(device="cpu", max_len=64, max_running=2) as llm:
+        params = SamplingParams(max_tokens=4, ignore_eos=True, stop="never said")
+        llm.submit([llm.new_request([index + 1] * 3, params, index=index) for index in range(5)])
+        llm.step()
+        dropped = {request.index for request in llm.drop_waiting()}
+        ended = set()
+        while llm.num_unfinished:
+            ended |= {request.index for request, _ in llm.step()}
+        assert len(dropped) == 3 and len(ended) == 2 and dropped | ended == set(range(5))
+        llm.reset_prefix_cache()
+        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+
+
+def test_a_job_that_stops_and_goes_on_gives_the_same_texts(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    questions = [f"What is {index} + 3?" for index in range(40)]
+    rows = [{"messages": [{"role": "user", "content": question}], "n": 2} for question in questions]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def options(name: str) -> JobOptions:
+        sampling = {"temperature": 20.0, "max_tokens": 8}  # a trained model says the same at lower ones
+        return JobOptions([str(prompts)], str(tmp_path / name), sampling=sampling, ordered=True)
+
+    def texts(name: str) -> list[list[str]]:
+        lines = (tmp_path / name).read_text().splitlines()
+        return [[sample["text"] for sample in json.loads(line)["samples"]] for line in lines]
+
+    with LLM(device="cpu", max_len=64, max_running=4) as llm:
+        with Job(options("whole.jsonl")) as job:
+            job.answer(llm)
+            job.finish()
+        with Job(options("pieces.jsonl")) as job:
+            assert job.answer(llm, should_stop=lambda: job.output.num_rows > 10).stopped
+            assert 10 < job.output.num_rows < 40
+        with Job(options("pieces.jsonl")) as job:
+            assert 10 < job.num_done < 40
+            job.answer(llm)
+            job.finish()
+    assert texts("pieces.jsonl") == texts("whole.jsonl")
+    assert any(first != second for first, second in texts("whole.jsonl")), "samples have seeds of their own"
