@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from minisgl.batch_run.rows import PARAMETERS, SOURCES, RefusedRow, RowError, read_prompt, row_error
 from minisgl.errors import MinisglError
@@ -22,6 +22,7 @@ from minisgl.errors import MinisglError
 MAX_LINE_BYTES = 64 * 1024 * 1024
 COMPRESSIONS = (".gz", ".zst")
 PARQUET_BATCH_ROWS = 256
+CHUNK_CHARS = 1 << 14
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 
@@ -75,15 +76,43 @@ def read_json(file: BinaryIO) -> Rows:
     if start[:1] != b"[":
         yield from read_lines(cast(BinaryIO, buffered))
         return
-    import ijson  # not at the top: only arrays need it
-
     index = -1
     try:
-        for index, value in enumerate(ijson.items(buffered, "item", use_float=True)):
-            yield index, json.dumps(value).encode()
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise MinisglError(f"the JSON array breaks off after {index + 1:,} elements ({first}): repair it") from error
+        for index, element in enumerate(_elements(io.TextIOWrapper(buffered, encoding="utf-8-sig"))):
+            yield index, element.encode("utf-8", "surrogatepass")
+    except ValueError as error:
+        raise MinisglError(f"the JSON array breaks off after {index + 1:,} elements ({error}): repair it") from error
+
+
+def _elements(file: TextIO) -> Iterator[str]:
+    """The text of each element of a JSON array; ValueError where it is not JSON. Reads as far as the next element."""
+    decode = json.JSONDecoder().raw_decode
+    text, separator = file.read(CHUNK_CHARS), "["
+    while True:
+        text = text.lstrip()
+        if not text and not (text := file.read(CHUNK_CHARS).lstrip()):
+            raise ValueError("it does not end")
+        if text[0] == "]" and separator == ",":
+            return
+        if text[0] != separator:
+            raise ValueError(f"{separator} expected")
+        rest = text[1:].lstrip()
+        while True:
+            if separator == "[" and rest.startswith("]"):
+                return
+            try:
+                _, end = decode(rest)
+                failure = None
+            except ValueError as error:
+                failure, end = error, len(rest)
+            if rest[end:].lstrip().startswith((",", "]")):
+                break  # else the element may go on in what is not read yet, if only by a digit
+            more = file.read(max(CHUNK_CHARS, len(rest))) if len(rest) < MAX_LINE_BYTES else ""
+            if not more:
+                raise failure or ValueError("it does not end")
+            rest = (rest + more).lstrip()
+        yield rest[:end]
+        text, separator = rest[end:], ","
 
 
 def read_csv(file: BinaryIO) -> Rows:

@@ -3,13 +3,17 @@
 import gzip
 import io
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minisgl.batch_run import formats
 from minisgl.batch_run.formats import read_lines
@@ -72,6 +76,28 @@ def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
 
 def test_a_json_file_of_lines(tmp_path: Path) -> None:
     assert values(write(tmp_path / "rows.json", CONTENT[".jsonl"])) == TABLE
+
+
+elements = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(elements), st.sampled_from([None, 2]), st.booleans(), st.integers(1, 40))
+def test_any_json_array(array: list[Any], indent: int | None, ascii: bool, chunk: int) -> None:
+    data = json.dumps(array, indent=indent, ensure_ascii=ascii).encode("utf-8", "replace")
+    with mock.patch.object(formats, "CHUNK_CHARS", chunk):
+        found = [json.loads(cast(bytes, value)) for _, value in formats.read_json(io.BytesIO(data))]
+    assert found == json.loads(data)
+
+
+def test_odd_values_of_a_json_array(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", b'[{"label": "\\ud83d", "v": NaN}, {"label": "\\u2028", "v": -Infinity}]')
+    first, second = values(path)
+    assert first["label"] == "\ud83d" and math.isnan(first["v"])
+    assert second == {"label": "\u2028", "v": -math.inf}
 
 
 def test_a_json_array_that_breaks_off(tmp_path: Path) -> None:
