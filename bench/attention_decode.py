@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from minisgl.bench.attention_baselines import paged_decode
 from minisgl.bench.harness import Case
 from minisgl.bench.tuning import Tuning
-from minisgl.kernels.attention_decode import TILES, Tile, attention_decode, attention_decode_reference
+from minisgl.kernels.attention_decode import attention_decode, attention_decode_reference
+from minisgl.kernels.decode_splits import TILES, Tile
 from minisgl.kernels.paged import shuffled_page_table
 
 PAGE_SIZE, HEADS, KV_HEADS, HEAD_DIM = 64, 32, 8, 128

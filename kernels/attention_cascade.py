@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.attention_decode import LONG_SPLIT, SHORT_CONTEXT, SHORT_SPLIT, _splits, _tile
+from minisgl.kernels.decode_splits import LONG_SPLIT, SHORT_CONTEXT, SHORT_SPLIT, decode_tile, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, use_triton
 from minisgl.kernels.paged import LOG2_E, check_attention, check_index, load_block, load_page_ids, online_softmax
@@ -158,7 +158,7 @@ def _attention_cascade_kernel(
     # The kernel before this one wrote q, but neither tiles, lengths nor pages: see dependent_launch.py.
     is_shared = split < tl.load(tile_splits_ptr + tile)
     first_member = tl.load(members_ptr, mask=is_shared, other=0)
-    _, _, size, _ = _splits(tl.load(kv_lens_ptr + first_member), 0, BLOCK_N)
+    _, _, size, _ = splits_of(tl.load(kv_lens_ptr + first_member), 0, BLOCK_N)
     begin = split * size
     end = begin + size
     row = tl.load(rows_ptr + first_member, mask=is_shared, other=0)
@@ -264,7 +264,7 @@ def attention_cascade(
             q, k_cache, v_cache, page_table, rows, kv_lens, tiles, partial, logsumexp, scale=scale
         )
         return
-    tile = _tile(head_dim, q.device, q.dtype)
+    tile = decode_tile(head_dim, q.device, q.dtype)
     _attention_cascade_kernel[((max_splits - 1) * kv_heads, num_tiles)](  # a sequence's last split is never shared
         q,
         k_cache,

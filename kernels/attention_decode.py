@@ -13,14 +13,14 @@ or on the grid, so a sequence's result is the same bit for bit whatever runs bes
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
+from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade
+from minisgl.kernels.decode_splits import SHORT_SPLIT, decode_tile, max_splits_of, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
-from minisgl.kernels.launch import architecture, num_multiprocessors, use_triton
+from minisgl.kernels.launch import num_multiprocessors, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
@@ -31,11 +31,6 @@ from minisgl.kernels.paged import (
 )
 from minisgl.kernels.rotary import Rotary, check_rotary, load_heads, rotary_store_reference, rotate_heads, store_kv
 
-# Keys of a split: short contexts need more programs than one a KV head to fill a GPU (1 x 1024 on an H200: 8.3 us with
-# splits of 256, 17.6 with 1024); long ones pay for every extra split (1 x 32768: 2.2 against 3.4 TB/s).
-SHORT_CONTEXT = tl.constexpr(2048)
-SHORT_SPLIT = tl.constexpr(256)
-LONG_SPLIT = tl.constexpr(1024)
 COMBINE_SPLITS = 4  # splits combined at a time: fixed, so that the order of the sum is
 COMBINE_HEADS = 2  # of a program
 COMBINE_WARPS = 1  # many small programs at once hide their chain of loads: 256 x 560 takes 0.1 ms a step more with 4
@@ -78,52 +73,6 @@ def attention_decode_reference(
     return (weights @ v.transpose(1, 2)).reshape(q.shape).to(q.dtype)
 
 
-class Tile(NamedTuple):
-    """Keys of a block, warps and pipeline stages."""
-
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# By architecture and head dim, rounded up to 64, 128 or 256; for 2-byte types.
-TILES: dict[str, dict[int, Tile]] = {
-    "sm_90": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
-    "sm_80": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
-    "sm_100": {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(32, 4, 3)},
-    "sm_120": {64: Tile(64, 4, 3), 128: Tile(32, 4, 3), 256: Tile(32, 4, 2)},
-    "gfx942": {64: Tile(64, 4, 2), 128: Tile(32, 4, 2), 256: Tile(32, 4, 2)},
-    "cpu": {64: Tile(32, 4, 1), 128: Tile(32, 4, 1), 256: Tile(32, 4, 1)},
-}
-SAFE_TILES = TILES["gfx942"]  # an architecture without a table: the smallest shared memory of all, 64 KB, holds them
-# Exact fp32 has no tensor cores, and its blocks are twice as large: one small table fits everywhere.
-FP32_TILES = {64: Tile(32, 4, 2), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)}
-
-
-def _tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
-    tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
-    return tiles[max(64, triton.next_power_of_2(head_dim))]
-
-
-@triton.jit
-def _splits(kv_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first visible key, first key read, keys of a split, number of splits) of a sequence."""
-    first_key = 0
-    if WINDOW > 0:
-        first_key = tl.maximum(kv_len - WINDOW, 0)
-    begin = first_key // BLOCK_N * BLOCK_N
-    split_size = tl.where(kv_len - begin <= SHORT_CONTEXT, SHORT_SPLIT, LONG_SPLIT)
-    return first_key, begin, split_size, (kv_len - begin + split_size - 1) // split_size
-
-
-def _max_splits(max_kv_len: int, window: int, block_n: int) -> int:
-    """The most splits that `_splits` gives a sequence of up to max_kv_len keys; at least 1."""
-    visible = min(max_kv_len, window + block_n - 1) if window else max_kv_len
-    short: int = -(-min(visible, SHORT_CONTEXT.value) // SHORT_SPLIT.value)
-    long: int = -(-visible // LONG_SPLIT.value)
-    return max(short, long, 1)
-
-
 @triton.jit
 def _prefetch_keys(
     k_ptr,
@@ -148,7 +97,14 @@ def _prefetch_keys(
 
 
 @triton.jit(
-    do_not_specialize=["page_table_ptr", "rows_ptr", "kv_lens_ptr", "page_table_stride", "max_splits"],
+    do_not_specialize=[
+        "page_table_ptr",
+        "rows_ptr",
+        "kv_lens_ptr",
+        "shared_splits_ptr",
+        "page_table_stride",
+        "max_splits",
+    ],
 )
 def _attention_decode_kernel(
     q_ptr,
@@ -168,6 +124,7 @@ def _attention_decode_kernel(
     q_norm_ptr,
     k_norm_ptr,
     eps,
+    shared_splits_ptr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -179,6 +136,7 @@ def _attention_decode_kernel(
     ROTARY: tl.constexpr,  # q is raw, with this token's raw key and value after it: norm, rotate and store them first
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
+    HAS_SHARED: tl.constexpr,  # the first shared_splits of a sequence are computed by `attention_cascade`
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -190,14 +148,20 @@ def _attention_decode_kernel(
     # The kernel before this one wrote q, k and v, but neither lengths nor pages: see dependent_launch.py.
     kv_len = tl.load(kv_lens_ptr + sequence)
     table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
-    first_key, keys_begin, split_size, num_splits = _splits(kv_len, WINDOW, BLOCK_N)
+    first_key, keys_begin, split_size, num_splits = splits_of(kv_len, WINDOW, BLOCK_N)
     begin = keys_begin + split * split_size
     end = tl.minimum(begin + split_size, kv_len)
+    shared_splits = 0
+    if HAS_SHARED:
+        shared_splits = tl.load(shared_splits_ptr + sequence)
+        end = tl.where(split < shared_splits, begin, end)  # nothing to read here
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     if PREFETCH:
         _prefetch_keys(k_ptr, v_ptr, table_row, begin, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM)
     wait_for_previous_kernel(PDL)
-    if split >= tl.maximum(num_splits, 1):  # the first split of an empty (padded) row writes zeros
+    if (split >= tl.maximum(num_splits, 1)) | (
+        split < shared_splits
+    ):  # the first split of an empty (padded) row writes zeros
         return
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -265,7 +229,7 @@ def _combine_kernel(
 ):
     heads = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     sequence = tl.program_id(1).to(tl.int64)
-    _, _, _, num_splits = _splits(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
+    _, _, _, num_splits = splits_of(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
     wait_for_previous_kernel(PDL)
     if num_splits <= 1:  # written by the first launch
         return
@@ -303,6 +267,7 @@ def attention_decode(
     *,
     scale: float,
     window: int = 0,
+    cascade: CascadeTiles | None = None,
     out: torch.Tensor,
 ) -> None:
     """Write the attention of one query a sequence over its pages into `out`.
@@ -310,8 +275,9 @@ def attention_decode(
     q  # [B, H, D], sequences any stride apart; k_cache, v_cache  # [P, page_size, K, D], one layer, contiguous.
     page_table  # [R, M]; rows  # [B] page_table row of each sequence; kv_lens  # [B] keys, the current token's too; all
     int32. A sequence of 0 keys (padding) gets zeros and reads nothing. max_kv_len: a bound on kv_lens known on the
-    host; it bounds the grid. window: keys a token sees, itself included; 0 is all. out  # [B, H, D] contiguous.
-    Raises ValueError for a wrong shape, stride, dtype or device.
+    host; it bounds the grid. window: keys a token sees, itself included; 0 is all. cascade: which sequences compute a
+    shared prefix together (see attention_cascade.py), in a launch of its own; not for windows. out  # [B, H, D]
+    contiguous. Raises ValueError for a wrong shape, stride, dtype or device.
     """
     _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
     if not use_triton(q):
@@ -319,7 +285,7 @@ def attention_decode(
             attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window)
         )
     else:
-        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, None)
+        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, None, cascade)
 
 
 def attention_decode_rotary(
@@ -334,6 +300,7 @@ def attention_decode_rotary(
     *,
     scale: float,
     window: int = 0,
+    cascade: CascadeTiles | None = None,
     out: torch.Tensor,
 ) -> None:
     """`rotary_store` of each sequence's new token, then `attention_decode`, in one launch and with the same result.
@@ -346,7 +313,7 @@ def attention_decode_rotary(
     q = qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
     _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
     if use_triton(qkv):
-        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary)
+        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary, cascade)
         return
     positions = (kv_lens - 1).clamp_min(0)
     page_size = k_cache.shape[1]
@@ -387,17 +354,33 @@ def _launch(
     window: int,
     out: torch.Tensor,
     rotary: Rotary | None,
+    cascade: CascadeTiles | None,
 ) -> None:
-    """Launch both kernels; the arguments are checked."""
+    """Launch the kernels; the arguments are checked."""
     batch, heads, head_dim = q.shape
     if batch == 0:
         return
     _, page_size, kv_heads, _ = k_cache.shape
-    tile = _tile(head_dim, q.device, q.dtype)
+    tile = decode_tile(head_dim, q.device, q.dtype)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    max_splits = _max_splits(max_kv_len, window, tile.block_n)
+    max_splits = max_splits_of(max_kv_len, window, tile.block_n)
     partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
     logsumexp = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    shared = cascade is not None and not window and max_splits > 1
+    if cascade is not None and shared:
+        attention_cascade(
+            q,
+            k_cache,
+            v_cache,
+            page_table,
+            rows,
+            kv_lens,
+            cascade,
+            partial,
+            logsumexp,
+            scale=scale,
+            rotary=rotary,
+        )
     launch = dependent_launch(q.device)
     programs = max_splits * kv_heads * batch
     _attention_decode_kernel[(max_splits * kv_heads, batch)](
@@ -415,6 +398,7 @@ def _launch(
         page_table.stride(0),
         max_splits,
         *(rotary or (None, None, None, 0.0)),
+        cascade.shared_splits if cascade is not None and shared else None,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -426,6 +410,7 @@ def _launch(
         ROTARY=rotary is not None,
         HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
+        HAS_SHARED=shared,
         PREFETCH=launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

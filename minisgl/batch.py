@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minisgl.kernels.attention_cascade import CascadeTiles
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,6 +34,7 @@ class Batch:
     sample_rows: torch.Tensor  # [N] row of each sample
     sample_positions: torch.Tensor  # [N] place of the sampled token in its text
     page_table: torch.Tensor  # [R, M] page ids of each row
+    cascade: CascadeTiles | None = None  # decoding sequences that attend to a shared prefix together
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.kernels.attention_cascade import max_tiles, min_members, split_size
-from minisgl.kernels.attention_decode import SHORT_CONTEXT
+from minisgl.kernels.decode_splits import SHORT_CONTEXT
 from minisgl.request import Request
 
 Ints = npt.NDArray[np.int32]
@@ -27,7 +27,11 @@ Ints = npt.NDArray[np.int32]
 BREAK_EVEN_BYTES_PER_KEY = 72 << 10
 
 
-@dataclass(frozen=True)
+def packed_length(batch: int, tile_members: int) -> int:
+    return batch + max_tiles(batch, tile_members) * (1 + tile_members)
+
+
+@dataclass(frozen=True, eq=False)
 class CascadePlan:
     """The tiles of a step; sequences are places in its `decodes`. See `CascadeTiles`."""
 
@@ -35,11 +39,14 @@ class CascadePlan:
     tile_splits: Ints  # [N]
     members: Ints  # [N, C]; -1 after a tile's last
 
+    @property
+    def tile_members(self) -> int:
+        return int(self.members.shape[1])
+
     def packed(self, batch: int) -> Ints:
         """What `CascadeTiles.unpack` takes, for a batch padded to `batch` sequences; always of the same length."""
-        tile_members = self.members.shape[1]
-        num_tiles = max_tiles(batch, tile_members)
-        packed = np.zeros(batch + num_tiles * (1 + tile_members), np.int32)
+        num_tiles = max_tiles(batch, self.tile_members)
+        packed = np.zeros(packed_length(batch, self.tile_members), np.int32)
         packed[: len(self.shared_splits)] = self.shared_splits
         packed[batch : batch + len(self.tile_splits)] = self.tile_splits
         packed[batch + num_tiles :][: self.members.size] = self.members.ravel()
@@ -60,6 +67,7 @@ class CascadePlanner:
         self._pages: list[list[int]] = []
         self._is_long = np.empty(0, bool)
         self._plan: CascadePlan | None = None
+        self.num_plans = 0  # made so far, of those that pay
 
     def plan(self, decodes: Sequence[Request]) -> CascadePlan | None:
         """The tiles of these requests, or None when they would not pay; the very same object while nothing changed."""
@@ -83,6 +91,7 @@ class CascadePlanner:
         for row, (splits, tile) in zip(members, tiles, strict=True):
             row[: len(tile)] = tile
             shared_splits[tile] = splits
+        self.num_plans += 1
         return CascadePlan(shared_splits, np.array([splits for splits, _ in tiles], np.int32), members)
 
     def _split_ends(self, request: Request) -> list[int]:

@@ -76,6 +76,9 @@ class EngineConfig:
     max_graph_batch: int = option(
         512, "Largest decode batch that is captured in a CUDA graph; 0 runs every step eagerly.", low=0, high=4096
     )
+    cascade: bool = option(
+        True, "Read a prefix that decoding requests share once for many of them.", flag="--cascade/--no-cascade"
+    )
     overlap: bool = option(
         True, "Schedule and launch a step while the one before it runs.", flag="--overlap/--no-overlap"
     )

@@ -8,6 +8,7 @@ Knows tensors and memory. Does not know scheduling, text or files.
 import logging
 import os
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ import numpy.typing as npt
 import torch
 
 from minisgl.batch import Batch, KVCache
+from minisgl.cascade import CascadePlanner, packed_length
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.graphs import DecodeGraphs
+from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
 from minisgl.kernels.attention_prefill import query_block
+from minisgl.kernels.launch import use_triton
 from minisgl.kernels.sampling import sample
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -134,6 +138,17 @@ class Engine:
             tokens=rows.tokens,
         )
 
+    def cascade_planner(self) -> CascadePlanner | None:
+        """What plans the decodes that attend to a shared prefix together; None where none do."""
+        together = self._tile_members(self.config)
+        kv_bytes = self._page_bytes(1) // self.model_config.num_layers
+        return CascadePlanner(together, self.config.page_size, kv_bytes) if together else None
+
+    def _tile_members(self, config: EngineConfig) -> int:
+        """Most sequences that attend to a shared prefix in one program; 0 when none do."""
+        together = tile_members(self.model_config.num_heads, self.model_config.num_kv_heads, self.dtype)
+        return together if config.cascade and use_triton(self.model.lm_head) and together > 1 else 0
+
     def _new_graphs(self) -> DecodeGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
             return None
@@ -186,16 +201,26 @@ class Engine:
         # Split-KV decode takes its largest workspace at the longest context.
         self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        for border in (0, *self.model.stream_borders):  # decodes beyond each have kernels of their own
-            if border < config.max_running:
-                padding = torch.full((border + 1,), -1, dtype=torch.int32, device=self.device)  # changes no row
-                self._run(rows.decode_batch(padding, rows.tokens.shape[1]), kv)
+        self._compile_decodes(config, kv)
         del kv, decode
         rows.reset()
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         log.debug("%s: the largest steps take %.2f GB", model.architecture, peak / 1e9)
         return peak
+
+    def _compile_decodes(self, config: EngineConfig, kv: KVCache) -> None:
+        """Run decodes of every kind that has kernels of its own, on padding, which changes no row."""
+        max_len, together = self.rows.tokens.shape[1], self._tile_members(config)
+        sizes = [border + 1 for border in (0, *self.model.stream_borders) if border < config.max_running]
+        for size in sizes:
+            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)
+            cascades: list[CascadeTiles | None] = [None]
+            if together:
+                packed = torch.zeros(packed_length(size, together), dtype=torch.int32, device=self.device)
+                cascades.append(CascadeTiles.unpack(packed, size, together))
+            for bound, cascade in product((1, max_len), cascades):
+                self._run(self.rows.decode_batch(padding, bound, cascade), kv)
 
     def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:
         """Keep max_len within the pages there are, so that any request that is let in can finish alone."""

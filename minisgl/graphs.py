@@ -1,9 +1,10 @@
 """Captured decode steps: prepare, model, LM head, sampling and write-back as one CUDA graph, replayed with new rows.
 
 A graph is made when its batch size is first needed (tens of milliseconds; kernels are compiled by then), so that
-start-up captures nothing that is never used. Its one input is `rows`: everything else a decode step reads is in the row
-table. A batch smaller than the graph is padded with row -1, which no kernel acts on. All graphs share one memory pool,
-since they run one after another and a step's ids are copied out before the next replay.
+start-up captures nothing that is never used. Its inputs are `rows` and, where some share a prefix, tiles of them:
+everything else a decode step reads is in the row table. A batch smaller than the graph is padded with row -1, which no
+kernel acts on. All graphs share one memory pool, since they run one after another and a step's ids are copied out
+before the next replay.
 
 Knows steps and the row table. Does not know models.
 """
@@ -11,11 +12,14 @@ Knows steps and the row table. Does not know models.
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from minisgl.batch import Batch
-from minisgl.rows import RowTable
+from minisgl.cascade import CascadePlan, packed_length
+from minisgl.kernels.attention_cascade import CascadeTiles
+from minisgl.rows import RowTable, ints
 from minisgl.scheduler import Step
 
 log = logging.getLogger("minisgl")
@@ -27,6 +31,14 @@ BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, *range(32, 256, 32), *range(256, 512, 64)
 CONTEXT_BOUNDS = (1024, 8192, 32768, 131072, 1 << 30)
 
 
+class Key(NamedTuple):
+    """What a graph is made for."""
+
+    size: int  # of the batch, padding included
+    bound: int  # on the rows' lengths
+    tile_members: int  # of the tiles of a shared prefix; 0: no row shares one
+
+
 class DecodeGraphs:
     """Decode steps of up to `max_batch` rows; `forward` runs a batch and returns its sampled ids  # [B] int32."""
 
@@ -35,9 +47,12 @@ class DecodeGraphs:
         self.max_batch = max_batch
         self._forward = forward
         self._max_len = rows.tokens.shape[1]
-        self._inputs = torch.full((BATCH_SIZES[-1],), -1, dtype=torch.int32, device=rows.device)
-        self._loaded: list[int] = []  # the rows that `_inputs` starts with now
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        # The inputs of all graphs, each of which reads their start; and what they start with now.
+        self._rows_in = torch.full((BATCH_SIZES[-1],), -1, dtype=torch.int32, device=rows.device)
+        self._cascade_in = torch.zeros(4 * BATCH_SIZES[-1], dtype=torch.int32, device=rows.device)
+        self._loaded_rows: list[int | None] = []
+        self._loaded_cascade: tuple[int, CascadePlan | None] = 0, None
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, step: Step) -> torch.Tensor | None:
@@ -45,33 +60,44 @@ class DecodeGraphs:
         batch = len(step.decodes)
         if step.chunks or batch > self.max_batch:
             return None
-        size = BATCH_SIZES[bisect_left(BATCH_SIZES, batch)]
         longest = max(request.length for request in step.decodes)
-        bound = min(CONTEXT_BOUNDS[bisect_left(CONTEXT_BOUNDS, longest)], self._max_len)
-        if (size, bound) not in self._graphs and not self._capture(size, bound):
+        key = Key(
+            size=BATCH_SIZES[bisect_left(BATCH_SIZES, batch)],
+            bound=min(CONTEXT_BOUNDS[bisect_left(CONTEXT_BOUNDS, longest)], self._max_len),
+            tile_members=step.cascade.tile_members if step.cascade else 0,
+        )
+        if key not in self._graphs and not self._capture(key):
             return None
-        rows = [request.row if request.row is not None else -1 for request in step.decodes] + [-1] * (size - batch)
-        if rows != self._loaded:
-            self._loaded = rows
-            self.rows.load_decode(step, self._inputs[:size], rows)
-        else:
-            self.rows.load_decode(step)
-        graph, ids = self._graphs[size, bound]
+        changed = []
+        rows = [request.row for request in step.decodes] + [-1] * (key.size - batch)
+        if rows != self._loaded_rows:
+            self._loaded_rows = rows
+            changed.append((self._rows_in[: key.size], ints(rows)))
+        if step.cascade and (key.size, step.cascade) != self._loaded_cascade:
+            self._loaded_cascade = key.size, step.cascade
+            packed = step.cascade.packed(key.size)
+            changed.append((self._cascade_in[: len(packed)], packed))
+        self.rows.load_decode(step, changed)
+        graph, ids = self._graphs[key]
         graph.replay()
         return ids[:batch]
 
-    def _capture(self, size: int, bound: int) -> bool:
-        """Make the graph of a size; without memory for it, go on without graphs of this size and above."""
-        inputs = self._inputs[:size].fill_(-1)  # padding only: the run before the capture changes no row
-        self._loaded = []
+    def _capture(self, key: Key) -> bool:
+        """Make the graph of a key; without memory for it, go on without graphs of its size and above."""
+        inputs = self._rows_in[: key.size].fill_(-1)  # padding only: the run before the capture changes no row
+        cascade = None
+        if key.tile_members:
+            packed = self._cascade_in[: packed_length(key.size, key.tile_members)].zero_()
+            cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
+        self._loaded_rows, self._loaded_cascade = [], (0, None)
         try:
-            self._forward(self.rows.decode_batch(inputs, bound))
+            self._forward(self.rows.decode_batch(inputs, key.bound, cascade))
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                ids = self._forward(self.rows.decode_batch(inputs, bound))
+                ids = self._forward(self.rows.decode_batch(inputs, key.bound, cascade))
         except torch.OutOfMemoryError:
-            self.max_batch = size - 1
-            log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", size)
+            self.max_batch = key.size - 1
+            log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
             return False
-        self._graphs[size, bound] = graph, ids
+        self._graphs[key] = graph, ids
         return True

@@ -81,7 +81,9 @@ class LLM:
         self.config = self.engine.config
         cache = RadixCache(self.config.page_size, self.config.evict) if self.config.cache == "radix" else None
         pool = PagePool(self.engine.num_pages, self.config.page_size)
-        self.scheduler = Scheduler(pool, cache, self.config.max_running, self.config.max_step_tokens)
+        self.scheduler = Scheduler(
+            pool, cache, self.config.max_running, self.config.max_step_tokens, self.engine.cascade_planner()
+        )
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._stopping: dict[Request, tuple[Detokenizer, list[str]]] = {}  # requests with stop strings, and their text
 

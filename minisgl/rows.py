@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.batch import Batch
+from minisgl.kernels.attention_cascade import CascadeTiles
 from minisgl.kernels.attention_prefill import prefill_tiles
 from minisgl.kernels.prepare_step import prepare_step
 from minisgl.request import Request
@@ -65,6 +66,7 @@ class RowTable:
             table_entries=table_entries,
             pages=pages,
             params=pack_params(step.new_rows),
+            cascade=step.cascade.packed(num_decode) if step.cascade else ints([]),
             chunk_ids=np.concatenate([ints([])] + [c.request.tokens[c.start : c.start + c.count] for c in chunks]),
         )
         rows, sample_sequence = on_device["rows"], on_device["sample_sequence"]
@@ -84,6 +86,7 @@ class RowTable:
             self.page_table,
             self.page_size,
         )
+        tile_members = step.cascade.tile_members if step.cascade else 0
         return Batch(
             input_ids=prepared.input_ids,
             positions=prepared.positions,
@@ -98,19 +101,21 @@ class RowTable:
             sample_rows=rows[sample_sequence] if chunks else rows,
             sample_positions=prepared.kv_lens[sample_sequence] if chunks else prepared.kv_lens,
             page_table=self.page_table,
+            cascade=CascadeTiles.unpack(on_device["cascade"], num_decode, tile_members) if step.cascade else None,
         )
 
-    def load_decode(self, step: Step, inputs: torch.Tensor | None = None, rows: Sequence[int] = ()) -> None:
-        """Bring the page table up to date for a step of decodes only, and put `rows` into `inputs` if they changed."""
-        if not step.page_updates and inputs is None:
+    def load_decode(self, step: Step, changed: Sequence[tuple[torch.Tensor, Ints]]) -> None:
+        """Bring the page table up to date for a step of decodes only, and each of the `changed` int32 inputs."""
+        if not step.page_updates and not changed:
             return
         table_entries, pages = self._table_updates(step)
-        on_device = self._upload(rows=ints(rows), table_entries=table_entries, pages=pages)
-        if inputs is not None:
-            inputs.copy_(on_device["rows"])
+        values = {str(place): ints for place, (_, ints) in enumerate(changed)}
+        on_device = self._upload(**values, table_entries=table_entries, pages=pages)
+        for place, (inputs, _) in enumerate(changed):
+            inputs.copy_(on_device[str(place)])
         self._set_pages(on_device)
 
-    def decode_batch(self, rows: torch.Tensor, max_len: int) -> Batch:
+    def decode_batch(self, rows: torch.Tensor, max_len: int, cascade: CascadeTiles | None = None) -> Batch:
         """The batch of one token for each of `rows`  # [B] int32 on the device; -1 is padding. Reads nothing of the
         host, so it can be captured; `max_len` bounds the rows' lengths."""
         batch = len(rows)
@@ -141,6 +146,7 @@ class RowTable:
             sample_rows=rows,
             sample_positions=prepared.kv_lens,
             page_table=self.page_table,
+            cascade=cascade,
         )
 
     def reset(self) -> None:

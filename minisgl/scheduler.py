@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from minisgl.cascade import CascadePlan, CascadePlanner
 from minisgl.page_pool import PagePool
 from minisgl.radix_cache import Node, RadixCache
 from minisgl.request import Request
@@ -43,6 +44,7 @@ class Step:
     new_rows: list[Request] = field(default_factory=list)  # requests that got their row in this step
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (row, place in the row's table, page)
     stamp: int = 0  # prefixes inserted after it belong to this step
+    cascade: CascadePlan | None = None  # which decodes attend to a shared prefix together
 
     @property
     def sampled(self) -> list[Request]:
@@ -58,9 +60,17 @@ class Scheduler:
     """Continuous batching over one page pool. Each step of `schedule` goes to `complete`, in order, at most one step
     later; `retire` ends requests."""
 
-    def __init__(self, pool: PagePool, cache: RadixCache | None, max_running: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        cache: RadixCache | None,
+        max_running: int,
+        max_step_tokens: int,
+        cascade: CascadePlanner | None = None,
+    ) -> None:
         self.pool = pool
         self.cache = cache
+        self.cascade = cascade
         self.max_step_tokens = max_step_tokens
         self._least_step_tokens = max_running + pool.page_size
         assert max_step_tokens >= self._least_step_tokens, "a full house of decodes would starve prompts"
@@ -88,6 +98,8 @@ class Scheduler:
                 self._schedule_chunk(step, request)
         if self.num_preemptions == preemptions:  # whom we just preempted would come straight back
             self._admit(step)
+        if self.cascade:
+            step.cascade = self.cascade.plan(step.decodes)
         return step
 
     def complete(self, step: Step, ids: npt.NDArray[np.int32]) -> list[Request]:

@@ -56,6 +56,7 @@ class Attention:
                 batch.max_decode_len,
                 scale=self.scale,
                 window=self.window,
+                cascade=batch.cascade,
                 out=out[:decoding],
             )
         if decoding < len(q):
@@ -97,6 +98,7 @@ class Attention:
             self._rotary(cos_sin),
             scale=self.scale,
             window=self.window,
+            cascade=batch.cascade,
             out=out,
         )
         return self.o.into_stream(stream, out.flatten(1), norm_after)

@@ -5,6 +5,7 @@ import torch
 
 from minisgl.kernels import attention_cascade as module
 from minisgl.kernels import attention_decode as decode
+from minisgl.kernels import decode_splits as splits
 from minisgl.kernels import launch
 from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade, attention_cascade_reference
 from minisgl.kernels.dependent_launch import dependent_launch
@@ -30,7 +31,7 @@ class Problem(NamedTuple):
     def workspace(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Poisoned partial and logsumexp, for one split more than the longest sequence has."""
         batch, heads, head_dim = self.q.shape
-        max_splits = decode._max_splits(int(self.kv_lens.max()), 0, 32) + 1
+        max_splits = splits.max_splits_of(int(self.kv_lens.max()), 0, 32) + 1
         shape = (batch, max_splits, heads, head_dim)
         partial = torch.full(shape, float("nan"), dtype=dtype, device=self.q.device)
         return partial, torch.full_like(partial[..., 0], float("nan"))
@@ -51,19 +52,20 @@ class Problem(NamedTuple):
         workspace = self.workspace()
         batch, heads, head_dim = self.q.shape
         _, page_size, kv_heads, _ = self.k_cache.shape
-        tile = decode._tile(head_dim, self.q.device, self.q.dtype)
+        tile = splits.decode_tile(head_dim, self.q.device, self.q.dtype)
         max_splits = workspace[0].shape[1]
         caches = [cache.clone() for cache in (self.k_cache, self.v_cache)]  # with rotary, it stores new keys there
         decode._attention_decode_kernel[(max_splits * kv_heads, batch)](
             self.q, *caches, self.page_table, self.rows, self.kv_lens, *workspace, torch.empty_like(self.q),
             self.scale * LOG2_E, self.q.stride(0), self.page_table.stride(0), max_splits,
-            *(rotary or (None, None, None, 0.0)),
+            *(rotary or (None, None, None, 0.0)), None,
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=0,
             BLOCK_G=module._block_rows(heads, kv_heads), BLOCK_N=tile.block_n,
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=rotary is not None,
             HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
             HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
-            PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(self.q.device),
+            HAS_SHARED=False, PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **dependent_launch(self.q.device),
         )  # fmt: skip
         return workspace
 
@@ -96,11 +98,11 @@ def make_problem(
     tile_splits = torch.zeros(num_tiles, dtype=torch.int32)
     members = torch.full((num_tiles, blocks * module._block_members(heads, kv_heads)), -1, dtype=torch.int32)
     members[-1] = 2**30
-    for tile, (splits, group) in enumerate(groups):
-        pages = splits * module.split_size(kv_lens[group[0]]) // page_size
+    for tile, (num_splits, group) in enumerate(groups):
+        pages = num_splits * module.split_size(kv_lens[group[0]]) // page_size
         table[group, :pages] = table[group[0], :pages]
-        shared_splits[group] = splits
-        tile_splits[tile] = splits
+        shared_splits[group] = num_splits
+        tile_splits[tile] = num_splits
         members[tile, : len(group)] = torch.tensor(group)
     rows = torch.randperm(batch + 3, device=device)[:batch].int()
     page_table = torch.full((batch + 3, table.shape[1] + 1), -1, dtype=torch.int32, device=device)
@@ -175,6 +177,19 @@ def test_rotates_queries(device, dtype, assert_close, norm):
     for mine, truth in zip(out, problem._replace(q=rotated).expected(), strict=True):
         assert torch.equal(mine.isnan(), truth.isnan())
         assert_close(mine.nan_to_num().to(dtype), truth.nan_to_num())
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=["two splits", "twelve"])
+def test_decode_attention_gives_the_same_with_tiles(device, dtype, assert_close, shape):
+    problem = make_problem(*shape, device, dtype)
+    arguments = (*problem[:6], int(problem.kv_lens.max()))
+    alone, together = (torch.full_like(problem.q.contiguous(), float("nan")) for _ in range(2))
+    decode.attention_decode(*arguments, scale=problem.scale, out=alone)
+    decode.attention_decode(*arguments, scale=problem.scale, cascade=problem.tiles, out=together)
+    if device.type == "cuda":
+        assert torch.equal(together, alone)
+    else:
+        assert_close(together, alone)
 
 
 def test_padded_sequences_are_left_alone(device, dtype, assert_close):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minisgl.kernels import attention_decode as module
+from minisgl.kernels import decode_splits as splits
 from minisgl.kernels import launch
 from minisgl.kernels.attention_decode import attention_decode, attention_decode_reference, attention_decode_rotary
 from minisgl.kernels.attention_prefill import attention_prefill_reference
@@ -98,7 +99,7 @@ def test_both_split_sizes(device, dtype, assert_close):
 
 def test_more_splits_than_one_combine_block(device, dtype, assert_close, monkeypatch):
     monkeypatch.setattr(module, "COMBINE_SPLITS", 2)
-    problem = make_problem([5 * module.SHORT_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
+    problem = make_problem([5 * splits.SHORT_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
 
 
@@ -159,12 +160,12 @@ def test_max_splits_bounds_every_length():
     for window in (0, 1, 100, 3000):
         for block_n in (32, 64):
             for max_kv_len in (0, 1, 255, 256, 257, 2048, 2049, 4500, 9000):
-                bound = module._max_splits(max_kv_len, window, block_n)
+                bound = splits.max_splits_of(max_kv_len, window, block_n)
                 for kv_len in range(max_kv_len + 1):
                     begin = max(kv_len - window, 0) // block_n * block_n if window else 0
                     visible = kv_len - begin
                     size = (
-                        module.SHORT_SPLIT.value if visible <= module.SHORT_CONTEXT.value else module.LONG_SPLIT.value
+                        splits.SHORT_SPLIT.value if visible <= splits.SHORT_CONTEXT.value else splits.LONG_SPLIT.value
                     )
                     assert -(-visible // size) <= bound
 
@@ -222,12 +223,12 @@ def test_cpu_tensors_run_the_reference(monkeypatch):
     assert torch.equal(problem.launch(window=8), attention_decode_reference(*problem, scale=64**-0.5, window=8))
 
 
-@pytest.mark.parametrize("arch", module.TILES)
+@pytest.mark.parametrize("arch", splits.TILES)
 def test_every_architecture_has_a_tile_of_each_size(arch, monkeypatch):
-    monkeypatch.setattr(module, "architecture", lambda device: arch)
+    monkeypatch.setattr(splits, "architecture", lambda device: arch)
     for head_dim in (16, 64, 80, 96, 128, 256):
-        block_n = module._tile(head_dim, torch.device("cpu"), torch.bfloat16).block_n
-        assert module.SHORT_SPLIT.value % block_n == 0 and module.LONG_SPLIT.value % block_n == 0
+        block_n = splits.decode_tile(head_dim, torch.device("cpu"), torch.bfloat16).block_n
+        assert splits.SHORT_SPLIT.value % block_n == 0 and splits.LONG_SPLIT.value % block_n == 0
 
 
 @pytest.mark.parametrize(
