@@ -28,7 +28,6 @@ from minisgl.kernels.decode_splits import LONG_SPLIT, SHORT_CONTEXT, SHORT_SPLIT
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, use_triton
 from minisgl.kernels.paged import LOG2_E, check_attention, check_index, load_block, load_page_ids, online_softmax
-from minisgl.kernels.rotary import Rotary, load_heads, rotary_store_reference, rotate_heads
 
 
 class CascadeTiles(NamedTuple):
@@ -133,9 +132,6 @@ def _attention_cascade_kernel(
     q_stride,
     page_table_stride,
     max_splits,
-    cos_sin_ptr,
-    q_norm_ptr,
-    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -144,8 +140,6 @@ def _attention_cascade_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROTARY: tl.constexpr,  # q is raw: norm and rotate it first
-    HAS_Q_NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
@@ -179,15 +173,9 @@ def _attention_cascade_kernel(
     for block in tl.static_range(BLOCKS):
         in_block = pairs < BLOCK_MEMBERS * GROUP
         member = tl.load(members_ptr + block * BLOCK_MEMBERS + pairs // GROUP, mask=in_block, other=-1).to(tl.int64)
+        mask = (member >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
         q_heads = q_ptr + member * q_stride + heads * HEAD_DIM
-        if ROTARY:
-            place = tl.load(kv_lens_ptr + member, mask=member >= 0, other=1).to(tl.int64) - 1
-            angles = cos_sin_ptr + (place * HEAD_DIM)[:, None]
-            loaded = load_heads(q_heads, member >= 0, angles, q_norm_ptr, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
-            q = rotate_heads(loaded, eps, HEAD_DIM, BLOCK_D, HAS_Q_NORM).to(q_ptr.dtype.element_ty)
-        else:
-            mask = (member >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
-            q = tl.load(q_heads[:, None] + dims[None, :], mask=mask, other=0.0)
+        q = tl.load(q_heads[:, None] + dims[None, :], mask=mask, other=0.0)
         acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
         members += (member,)
@@ -227,14 +215,12 @@ def attention_cascade(
     logsumexp: torch.Tensor,
     *,
     scale: float,
-    rotary: Rotary | None = None,
 ) -> None:
     """Fill the workspace of `attention_decode` for the splits that `tiles` share; nothing else of it is written.
 
-    q, k_cache, v_cache, page_table, rows, kv_lens and scale as in `attention_decode`. With `rotary`, q is raw, as in
-    `attention_decode_rotary`; it stays as it is. partial  # [B, S, H, D] fp32, logsumexp  # [B, S, H] fp32, contiguous.
-    Nothing here looks at what the host has put in `tiles`: they must be what `CascadeTiles` says.
-    Raises ValueError for a wrong shape, stride, dtype or device.
+    q, k_cache, v_cache, page_table, rows, kv_lens and scale as in `attention_decode`. partial  # [B, S, H, D] fp32,
+    logsumexp  # [B, S, H] fp32, contiguous. Nothing here looks at what the host has put in `tiles`: they must be what
+    `CascadeTiles` says. Raises ValueError for a wrong shape, stride, dtype or device.
     """
     check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, 0, None)
     batch, heads, head_dim = q.shape
@@ -256,10 +242,6 @@ def attention_cascade(
     if num_tiles == 0 or max_splits == 1:
         return
     if not use_triton(q):
-        if rotary is not None:
-            qkv = torch.cat([q.flatten(1), q.new_zeros(batch, 2 * kv_heads * head_dim)], 1)
-            store_nothing = torch.full_like(kv_lens, -1)
-            q = rotary_store_reference(qkv, (kv_lens - 1).clamp_min(0), store_nothing, k_cache, v_cache, rotary)
         attention_cascade_reference(
             q, k_cache, v_cache, page_table, rows, kv_lens, tiles, partial, logsumexp, scale=scale
         )
@@ -280,9 +262,6 @@ def attention_cascade(
         q.stride(0),
         page_table.stride(0),
         max_splits,
-        rotary.cos_sin if rotary else None,
-        rotary.q_norm if rotary else None,
-        rotary.eps if rotary else 0.0,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -291,8 +270,6 @@ def attention_cascade(
         BLOCK_G=_block_rows(heads, kv_heads),
         BLOCK_N=tile.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        ROTARY=rotary is not None,
-        HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent_launch(q.device),

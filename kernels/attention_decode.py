@@ -300,7 +300,6 @@ def attention_decode_rotary(
     *,
     scale: float,
     window: int = 0,
-    cascade: CascadeTiles | None = None,
     out: torch.Tensor,
 ) -> None:
     """`rotary_store` of each sequence's new token, then `attention_decode`, in one launch and with the same result.
@@ -313,7 +312,7 @@ def attention_decode_rotary(
     q = qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
     _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
     if use_triton(qkv):
-        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary, cascade)
+        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary, None)
         return
     positions = (kv_lens - 1).clamp_min(0)
     page_size = k_cache.shape[1]
@@ -379,7 +378,6 @@ def _launch(
             partial,
             logsumexp,
             scale=scale,
-            rotary=rotary,
         )
     launch = dependent_launch(q.device)
     programs = max_splits * kv_heads * batch
@@ -411,7 +409,7 @@ def _launch(
         HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
         HAS_SHARED=shared,
-        PREFETCH=launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
+        PREFETCH=rotary is not None and launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch,

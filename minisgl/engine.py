@@ -8,7 +8,6 @@ Knows tensors and memory. Does not know scheduling, text or files.
 import logging
 import os
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -212,15 +211,16 @@ class Engine:
     def _compile_decodes(self, config: EngineConfig, kv: KVCache) -> None:
         """Run decodes of every kind that has kernels of its own, on padding, which changes no row."""
         max_len, together = self.rows.tokens.shape[1], self._tile_members(config)
-        sizes = [border + 1 for border in (0, *self.model.stream_borders) if border < config.max_running]
-        for size in sizes:
+        kinds: list[tuple[int, int, CascadeTiles | None]] = [(1, 1, None)]  # rows, bound on their lengths, tiles
+        for border in (0, *self.model.stream_borders):
+            if border < config.max_running:
+                kinds.append((border + 1, max_len, None))
+        if together:
+            packed = torch.zeros(packed_length(1, together), dtype=torch.int32, device=self.device)
+            kinds.append((1, max_len, CascadeTiles.unpack(packed, 1, together)))
+        for size, bound, cascade in kinds:
             padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)
-            cascades: list[CascadeTiles | None] = [None]
-            if together:
-                packed = torch.zeros(packed_length(size, together), dtype=torch.int32, device=self.device)
-                cascades.append(CascadeTiles.unpack(packed, size, together))
-            for bound, cascade in product((1, max_len), cascades):
-                self._run(self.rows.decode_batch(padding, bound, cascade), kv)
+            self._run(self.rows.decode_batch(padding, bound, cascade), kv)
 
     def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:
         """Keep max_len within the pages there are, so that any request that is let in can finish alone."""

@@ -1,6 +1,8 @@
 """The whole engine against transformers: greedy tokens of small random models, however the work is cut up."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -145,16 +147,19 @@ def test_graphs_and_overlap_do_not_change_the_tokens(folder, options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mistral-window"])
-def test_shared_prefixes_read_together_do_not_change_the_tokens(folder, name):
+def test_shared_prefixes_read_together_do_not_change_the_tokens(folder, name, tmp_path):
     """Bit for bit: seeded sampling at temperature 1 would show any difference in the logits."""
+    model = tmp_path / name
+    shutil.copytree(folder(name), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1000}))
     rng = random.Random(1)
     system = [rng.randrange(VOCAB_SIZE) for _ in range(600)]
     prompts = [system + [rng.randrange(VOCAB_SIZE) for _ in range(1 + i)] for i in range(40)] + [system[:300]] * 5
     params = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True)
     tokens = []
     for cascade in (True, False):
-        options = {"page_size": 16, "max_running": 64, "max_len": 1000, "num_pages": 2000}
-        with LLM(folder(name), device="cuda", dtype="bfloat16", cascade=cascade, **options) as llm:
+        with LLM(model, device="cuda", dtype="bfloat16", cascade=cascade, max_running=64, num_pages=1000) as llm:
             tokens.append([result.token_ids for result in llm.generate(prompts, params)])
             assert bool(llm.scheduler.cascade and llm.scheduler.cascade.num_plans) == cascade
     assert tokens[0] == tokens[1]

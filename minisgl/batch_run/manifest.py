@@ -18,7 +18,7 @@ MANIFEST_SUFFIX = ".manifest.json"
 # Engine settings that change how fast an answer comes and not which one; any other one makes it another command.
 SPEED_ONLY = (
     *("device", "max_running", "max_step_tokens", "page_size", "max_graph_batch", "overlap", "num_pages"),
-    *("memory_fraction", "cache", "evict"),
+    *("memory_fraction", "cache", "cascade", "evict"),
 )
 # Of a larger file, one of weights, so many samples count, evenly spread: another training changes all of it. Reading 8B
 # weights whole takes half a minute from a disk.

@@ -98,7 +98,6 @@ class Attention:
             self._rotary(cos_sin),
             scale=self.scale,
             window=self.window,
-            cascade=batch.cascade,
             out=out,
         )
         return self.o.into_stream(stream, out.flatten(1), norm_after)

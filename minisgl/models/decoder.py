@@ -80,7 +80,8 @@ class Decoder:
         Only sampled tokens get past the last attention: nothing reads the others' hidden states after it.
         `sample_index` ascends, so that it is the identity when it names all tokens (a decode step) and is not applied.
         """
-        if 0 < len(batch.input_ids) == batch.num_decode <= self.stream_borders[-1]:
+        small = 0 < len(batch.input_ids) == batch.num_decode <= self.stream_borders[-1]
+        if small and batch.cascade is None:
             return self._decode(batch, kv)
         residual = self.embed(batch.input_ids)  # [T, hidden]
         x = self.layers[0].attention_norm(residual)

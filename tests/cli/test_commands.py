@@ -10,7 +10,7 @@ from minisgl.config import EngineConfig
 from tests.cli.conftest import Invoke
 
 BENCHES = [["bench", name] for name in ("throughput", "latency", "kernels", "report")]
-COMMANDS = [[], ["run"], ["info"], ["bench"], *BENCHES]
+COMMANDS = [[], ["run"], ["merge"], ["info"], ["bench"], *BENCHES]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)

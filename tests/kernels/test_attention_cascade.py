@@ -10,7 +10,6 @@ from minisgl.kernels import launch
 from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade, attention_cascade_reference
 from minisgl.kernels.dependent_launch import dependent_launch
 from minisgl.kernels.paged import LOG2_E, shuffled_page_table, store_in_pages
-from minisgl.kernels.rotary import Rotary, rotary_store
 
 
 class Problem(NamedTuple):
@@ -36,9 +35,9 @@ class Problem(NamedTuple):
         partial = torch.full(shape, float("nan"), dtype=dtype, device=self.q.device)
         return partial, torch.full_like(partial[..., 0], float("nan"))
 
-    def launch(self, rotary: Rotary | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def launch(self) -> tuple[torch.Tensor, torch.Tensor]:
         workspace = self.workspace()
-        attention_cascade(*self, *workspace, scale=self.scale, rotary=rotary)
+        attention_cascade(*self, *workspace, scale=self.scale)
         return workspace
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,23 +46,20 @@ class Problem(NamedTuple):
         attention_cascade_reference(*self, *workspace, scale=self.scale)
         return workspace
 
-    def decoded(self, rotary: Rotary | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What decode attention leaves in the workspace, each sequence for itself."""
         workspace = self.workspace()
         batch, heads, head_dim = self.q.shape
         _, page_size, kv_heads, _ = self.k_cache.shape
         tile = splits.decode_tile(head_dim, self.q.device, self.q.dtype)
         max_splits = workspace[0].shape[1]
-        caches = [cache.clone() for cache in (self.k_cache, self.v_cache)]  # with rotary, it stores new keys there
         decode._attention_decode_kernel[(max_splits * kv_heads, batch)](
-            self.q, *caches, self.page_table, self.rows, self.kv_lens, *workspace, torch.empty_like(self.q),
+            *self[:6], *workspace, torch.empty_like(self.q),
             self.scale * LOG2_E, self.q.stride(0), self.page_table.stride(0), max_splits,
-            *(rotary or (None, None, None, 0.0)), None,
+            None, None, None, 0.0, None,
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=0,
             BLOCK_G=module._block_rows(heads, kv_heads), BLOCK_N=tile.block_n,
-            BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=rotary is not None,
-            HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
-            HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
+            BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=False, HAS_Q_NORM=False, HAS_K_NORM=False,
             HAS_SHARED=False, PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages,
             **dependent_launch(self.q.device),
         )  # fmt: skip
@@ -121,10 +117,10 @@ def shared_part(problem: Problem, workspace: tuple[torch.Tensor, torch.Tensor]) 
     return partial.masked_fill(~shared[..., None, None], nan), logsumexp.masked_fill(~shared[..., None], nan)
 
 
-def same_bits(problem: Problem, rotary: Rotary | None = None) -> None:
+def same_bits(problem: Problem) -> None:
     """Cascade writes what decode attention writes, bit for bit, and nothing else."""
-    expected = shared_part(problem, problem.decoded(rotary))
-    for out, truth in zip(problem.launch(rotary), expected, strict=True):
+    expected = shared_part(problem, problem.decoded())
+    for out, truth in zip(problem.launch(), expected, strict=True):
         torch.testing.assert_close(out, truth, rtol=0, atol=0, equal_nan=True)
 
 
@@ -132,14 +128,6 @@ def close_to_float64(problem: Problem, dtype: torch.dtype, assert_close) -> None
     for out, truth in zip(problem.launch(), problem.expected(), strict=True):
         assert torch.equal(out.isnan(), truth.isnan()), "written where no tile is, or not written where one is"
         assert_close(out.nan_to_num().to(dtype), truth.nan_to_num())
-
-
-def make_rotary(problem: Problem, norm: bool) -> Rotary:
-    _, _, head_dim = problem.q.shape
-    device, dtype = problem.q.device, problem.q.dtype
-    angles = torch.randn(int(problem.kv_lens.max()), head_dim // 2, device=device)
-    norms = [torch.rand(head_dim, device=device).to(dtype) + 0.5 if norm else None for _ in range(2)]
-    return Rotary(torch.cat([angles.cos(), angles.sin()], 1), *norms, 1e-6)
 
 
 SHAPES = [  # kv_lens, groups, heads, KV heads, head dim, page size
@@ -162,21 +150,6 @@ def test_matches_float64(device, dtype, assert_close, shape, blocks):
 def test_both_split_sizes(device, dtype, assert_close):
     lengths, groups = [2048, 2049, 2000, 3000, 5000, 1793], [(7, [5, 0, 2]), (2, [1, 3, 4])]
     close_to_float64(make_problem(lengths, groups, 2, 1, 16, 64, device, dtype), dtype, assert_close)
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_rotates_queries(device, dtype, assert_close, norm):
-    problem = make_problem([300, 530, 600, 290], [(1, [3, 0, 1])], 4, 2, 64, 16, device, dtype)
-    rotary = make_rotary(problem, norm)
-    raw = problem.q.clone()
-    out = problem.launch(rotary)
-    assert torch.equal(problem.q, raw), "q is raw for the kernel after this one too"
-    qkv = torch.cat([raw, torch.zeros_like(raw)], 1).flatten(1)
-    nowhere = torch.full_like(problem.kv_lens, -1)
-    rotated = rotary_store(qkv, problem.kv_lens - 1, nowhere, problem.k_cache, problem.v_cache, rotary)
-    for mine, truth in zip(out, problem._replace(q=rotated).expected(), strict=True):
-        assert torch.equal(mine.isnan(), truth.isnan())
-        assert_close(mine.nan_to_num().to(dtype), truth.nan_to_num())
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2]], ids=["two splits", "twelve"])
@@ -233,10 +206,9 @@ def test_cpu_tensors_run_the_reference(monkeypatch):
     problem = make_problem([300, 290], [(1, [0, 1])], 6, 2, 64, 16, torch.device("cpu"), torch.float32)
     for out, truth in zip(problem.launch(), problem.expected(), strict=True):
         torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
-    rotary = make_rotary(problem, norm=True)
-    on_cpu = problem.launch(rotary)
+    on_cpu = problem.launch()
     monkeypatch.undo()
-    for out, truth in zip(on_cpu, problem.launch(rotary), strict=True):
+    for out, truth in zip(on_cpu, problem.launch(), strict=True):
         torch.testing.assert_close(out, truth, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -283,8 +255,6 @@ def test_bits_are_those_of_decode_attention(device, dtype, assert_close, heads, 
     problem = make_problem(lengths, groups, heads, kv_heads, head_dim, page_size, device, dtype, blocks)
     same_bits(problem)
     close_to_float64(problem, dtype, assert_close)
-    for norm in (False, True):
-        same_bits(problem, make_rotary(problem, norm))
 
 
 @pytest.mark.gpu
