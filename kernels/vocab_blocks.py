@@ -12,7 +12,7 @@ Bound by memory: reads [N, V] once, and writes 8 bytes a block, 6% of that in bf
 NaN logits count as -inf, +inf as the largest float.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,9 +32,8 @@ UNUSED_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 PROGRAM_BLOCKS, PROGRAM_WARPS = 64, 8  # of a program: 16 logits a thread, in two loads of bf16
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a kernel over blocks is compiled for."""
+class Shape(NamedTuple):
+    """What a kernel over blocks is compiled for; a plain tuple, which Triton's hooks can write down."""
 
     vocab: int
     shift: int  # UNUSED_BITS of the dtype

@@ -7,6 +7,7 @@ Knows tensors and memory. Does not know scheduling, text or files.
 
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +37,8 @@ log = logging.getLogger("minisgl")
 CPU_KV_BYTES = 2 << 30
 # Left free on a GPU beside what the profile run saw: the driver's own allocations, and fragmentation.
 GPU_RESERVE_BYTES = 512 << 20
+# Each takes a core while it compiles, and afterwards a workspace of cuBLAS: 32 MB on an H200.
+COMPILE_THREADS = 6
 
 
 class PendingIds:
@@ -79,6 +82,8 @@ class Engine:
             load_weights(self.model, folder, config.load_format, config.seed)
             block = query_block(model_config.head_dim, self.device, self.dtype)
             self.rows = RowTable(config.max_running, max_len, config.page_size, block, self.device)
+            if self.device.type == "cuda":
+                self._compile_kernels(config)
             num_pages = config.num_pages or self._profile_pages(config, allocated_before)
             self.config = self._fit(config, num_pages)
             self.num_pages = num_pages
@@ -182,7 +187,7 @@ class Engine:
 
     @torch.inference_mode()
     def _profile_activations(self, config: EngineConfig) -> int:
-        """Peak bytes of the largest steps beyond weights and KV; also compiles every kernel that steps use."""
+        """Peak bytes of the largest steps beyond weights and KV."""
         model, rows = self.model_config, self.rows
         each = min(config.max_step_tokens // config.max_running, rows.tokens.shape[1] - 1)
         pages_each = -(-each // config.page_size)
@@ -200,7 +205,6 @@ class Engine:
         # Split-KV decode takes its largest workspace at the longest context.
         self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        self._compile_decodes(config, kv)
         del kv, decode
         rows.reset()
         torch.cuda.synchronize(self.device)
@@ -208,19 +212,37 @@ class Engine:
         log.debug("%s: the largest steps take %.2f GB", model.architecture, peak / 1e9)
         return peak
 
-    def _compile_decodes(self, config: EngineConfig, kv: KVCache) -> None:
-        """Run decodes of every kind that has kernels of its own, on padding, which changes no row."""
-        max_len, together = self.rows.tokens.shape[1], self._tile_members(config)
-        kinds: list[tuple[int, int, CascadeTiles | None]] = [(1, 1, None)]  # rows, bound on their lengths, tiles
+    def _compile_kernels(self, config: EngineConfig) -> None:
+        """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler. Side by
+        side: compilers leave the interpreter to others."""
+        rows, together = self.rows, self._tile_members(config)
+        max_len = rows.tokens.shape[1]
+        kv = self._new_cache(1, config.page_size)
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
+        prompt = Request(0, [0, 0], params, 3, frozenset())
+        prompt.row = 0
+        batches = [rows.load(Step(chunks=[Chunk(prompt, 0, 2, 0, samples=True)], new_rows=[prompt]))]
+
+        def add_decodes(size: int, bound: int, cascade: CascadeTiles | None = None) -> None:
+            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)  # changes no row
+            batches.append(rows.decode_batch(padding, bound, cascade))
+
+        add_decodes(1, 1)  # a grid that is small enough to ask for keys ahead
         for border in (0, *self.model.stream_borders):
             if border < config.max_running:
-                kinds.append((border + 1, max_len, None))
+                add_decodes(border + 1, max_len)
         if together:
             packed = torch.zeros(packed_length(1, together), dtype=torch.int32, device=self.device)
-            kinds.append((1, max_len, CascadeTiles.unpack(packed, 1, together)))
-        for size, bound, cascade in kinds:
-            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)
-            self._run(self.rows.decode_batch(padding, bound, cascade), kv)
+            for bound in (1, max_len):  # no tile is used where a sequence has one split
+                add_decodes(1, bound, CascadeTiles.unpack(packed, 1, together))
+
+        @torch.inference_mode()
+        def run(batch: Batch) -> None:
+            self._run(batch, kv)
+
+        with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+            list(pool.map(run, batches))
+        rows.reset()
 
     def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:
         """Keep max_len within the pages there are, so that any request that is let in can finish alone."""

@@ -27,16 +27,17 @@ __all__ = ["environment"]
 
 Process = subprocess.Popen[bytes]
 
-NUM_KILLS = 10
 needs_demo_model = pytest.mark.skipif(
     not any(MODEL_PATH.glob("*.safetensors")), reason="needs the demo model's weights"
 )
 
 
-def kill_at_random_moments(begin: Callable[[], Process], journal: Path, longest_s: float, seed: int) -> None:
-    """Begin NUM_KILLS times, and kill the process each time at a random moment after it has written a row."""
+def kill_at_random_moments(
+    begin: Callable[[], Process], journal: Path, longest_s: float, seed: int, num_kills: int
+) -> None:
+    """Begin num_kills times, and kill the process each time at a random moment after it has written a row."""
     rng = random.Random(seed)
-    for _ in range(NUM_KILLS):
+    for _ in range(num_kills):
         before = journal.stat().st_size if journal.exists() else 0
         process = begin()
         deadline = time.monotonic() + 120
@@ -58,7 +59,9 @@ def test_sigkill_at_random_moments(tmp_path: Path, environment: dict[str, str], 
     undisturbed, killed = tmp_path / f"undisturbed-{output}", tmp_path / output
     assert start("run", prompts, "-o", undisturbed, *options, env={**environment, "STEP_S": "0"}).wait(120) == 0
     journal = killed if output.endswith(".jsonl") else tmp_path / f"{output}.journal.jsonl"
-    kill_at_random_moments(lambda: start("run", prompts, "-o", killed, *options, env=environment), journal, 0.2, seed=7)
+    kill_at_random_moments(
+        lambda: start("run", prompts, "-o", killed, *options, env=environment), journal, 0.2, 7, num_kills=4
+    )
     done_before = journal.read_bytes().count(b"\n")
     assert 0 < done_before < 2000
     process = start("run", prompts, "-o", killed, *options, env={**environment, "STEP_S": "0"})
@@ -81,7 +84,9 @@ def test_sigkill_of_a_real_engine(tmp_path: Path, environment: dict[str, str]) -
     command = [sys.executable, str(ROOT / "minisgl"), "run", str(prompts), "--temperature", "0", "--device", "cpu"]
     command += ["--max-running", "16", "--max-tokens", "32", "--progress", "none", "-o"]
     subprocess.run([*command, str(undisturbed)], check=True, env=environment)
-    kill_at_random_moments(lambda: subprocess.Popen([*command, str(killed)], env=environment), killed, 0.3, seed=3)
+    kill_at_random_moments(
+        lambda: subprocess.Popen([*command, str(killed)], env=environment), killed, 0.3, 3, num_kills=10
+    )
     assert 0 < killed.read_bytes().count(b"\n") < len(rows)
     subprocess.run([*command, str(killed)], check=True, env=environment)
 
