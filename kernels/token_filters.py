@@ -9,7 +9,7 @@ floor lists 1,024 blocks, and then all that can matter. What is kept depends on 
 Knows the logits of one row and its filters; knows nothing of batches and tables.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,8 +29,7 @@ from minisgl.kernels.vocab_blocks import (
 )
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How a row's program cuts its work; no field changes what is kept."""
 
     num_warps: int = 8  # 256 rows, top-k 20 and top-p: 54 us on an H200, 71 with 16, of which one fits a processor

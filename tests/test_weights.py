@@ -183,7 +183,9 @@ def test_local_folders(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["/no/such/folder", "./models/x", "../x", "~/models/x", "a/b/c", "models/", "C:\\x"])
-def test_what_looks_like_a_folder_is_not_sought_on_the_hub(model, monkeypatch):
+def test_what_looks_like_a_folder_is_not_sought_on_the_hub(model, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(weights, "_download", lambda model: pytest.fail("asked the hub"))
     with pytest.raises(MinisglError, match="does not exist; name an existing folder or a Hugging Face id"):
         resolve_model(model)

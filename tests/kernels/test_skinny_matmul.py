@@ -155,7 +155,7 @@ def test_normed_matmul_is_norm_matmul_and_gate(device, dtype, assert_close, gate
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("hidden, inputs", [(1, 64), (63, 64), (130, 300), *([(1024, 2048), (4096, 1024)] * HAS_GPU)])
+@pytest.mark.parametrize("hidden, inputs", [(9, 64), (63, 64), (130, 300), *([(1024, 2048), (4096, 1024)] * HAS_GPU)])
 @pytest.mark.usefixtures("poisoned_output")
 def test_matmul_into_adds_and_leaves_what_the_next_norm_needs(device, dtype, assert_close, with_bias, hidden, inputs):
     for rows in rows_to_test(dtype, device):
