@@ -33,10 +33,12 @@ PROGRAM_BLOCKS, PROGRAM_WARPS = 64, 8  # of a program: 16 logits a thread, in tw
 
 
 class Shape(NamedTuple):
-    """What a kernel over blocks is compiled for; a plain tuple, which Triton's hooks can write down."""
+    """What a kernel over blocks is compiled for; a plain tuple, of which kernels see the fields and nothing else."""
 
     vocab: int
     shift: int  # UNUSED_BITS of the dtype
+    blocks: int
+    lanes: int  # blocks, rounded up to a power of two
     block: int = BLOCK
 
     @classmethod
@@ -45,16 +47,9 @@ class Shape(NamedTuple):
         check(logits.dim() == 2 and logits.shape[1] > 0, f"logits: expected [N, V], got {list(logits.shape)}")
         check(logits.stride(-1) == 1, "logits: last dimension must be contiguous")
         check(logits.dtype in UNUSED_BITS, f"logits: has dtype {logits.dtype}, expected float32, float16 or bfloat16")
-        return cls(logits.shape[1], UNUSED_BITS[logits.dtype])
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.vocab // self.block)
-
-    @property
-    def lanes(self) -> int:
-        """Blocks, rounded up to a power of two."""
-        return 1 << (self.blocks - 1).bit_length()
+        vocab = logits.shape[1]
+        blocks = triton.cdiv(vocab, BLOCK)
+        return cls(vocab, UNUSED_BITS[logits.dtype], blocks, triton.next_power_of_2(blocks))
 
 
 def clean_reference(logits: torch.Tensor) -> torch.Tensor:
