@@ -75,14 +75,17 @@ class Decoder:
         self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_len, device)  # [max_len, D] fp32
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
-        """Store the batch's keys and values in `kv` and return logits  # [N, V] in the model's dtype.
-
-        Only sampled tokens get past the last attention: nothing reads the others' hidden states after it.
-        `sample_index` ascends, so that it is the identity when it names all tokens (a decode step) and is not applied.
-        """
+        """Store the batch's keys and values in `kv` and return logits  # [N, V] in the model's dtype."""
         small = 0 < len(batch.input_ids) == batch.num_decode <= self.stream_borders[-1]
-        if small and batch.cascade is None:
-            return self._decode(batch, kv)
+        return self._decode(batch, kv) if small and batch.cascade is None else self.logits(self.hidden(batch, kv))
+
+    def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        """Store the batch's keys and values in `kv` and return the normed hidden states of `batch.sample_index`
+        # [N, hidden], which `logits` reads.
+
+        Only these tokens get past the last attention: nothing reads the others' hidden states after it. `sample_index`
+        ascends, so that it is the identity when it names all tokens (a decode step) and is not applied.
+        """
         residual = self.embed(batch.input_ids)  # [T, hidden]
         x = self.layers[0].attention_norm(residual)
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
@@ -91,7 +94,11 @@ class Decoder:
                 x, residual = (rows.index_select(0, batch.sample_index) for rows in (x, residual))  # [N, hidden]
             x = layer.mlp(layer.mlp_norm(x, residual))
             x = norm_after(x, residual)
-        return torch.nn.functional.linear(x, self.lm_head)
+        return x
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits  # [N, V] of hidden states  # [N, hidden]."""
+        return torch.nn.functional.linear(hidden, self.lm_head)
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """`forward` for a small batch of decodes: norms, gates and additions are part of the matmuls."""
