@@ -6,6 +6,7 @@ text-generation-inference, `Model.decode_token`: the cost of a token does not gr
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 INCOMPLETE = "\ufffd"  # what decoders write for bytes that are not, or not yet, UTF-8
@@ -13,18 +14,27 @@ MAX_WINDOW = 64  # tokens. A character has at most 4 bytes, so bytes that were n
 
 
 class Decodes(Protocol):
-    def decode(self, ids: list[int], /) -> str: ...
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
 
 class Detokenizer:
     """The text of one request. All that `push` and then `finish` return, joined, is `decode` of all ids,
     cut before the stop string that is complete first. (Bytes that are no UTF-8 may show as another number of U+FFFD.)
 
+    skip_special_tokens: as in `decode`. include_stop_str: cut behind that stop string, not before it.
     stopped: a stop string was found; ids pushed later are ignored.
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()):
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Decodes,
+        stop: Sequence[str] = (),
+        *,
+        skip_special_tokens: bool = True,
+        include_stop_str: bool = False,
+    ):
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
+        self._include_stop_str = include_stop_str
         self._stop = tuple(stop)
         self._longest_stop = max(map(len, self._stop), default=0)
         self._window: list[int] = []  # the latest ids
@@ -38,7 +48,7 @@ class Detokenizer:
         if self.stopped:
             return ""
         self._window += ids
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         certain = text.rstrip(INCOMPLETE)
         complete, full = certain == text, len(self._window) > MAX_WINDOW
         if not complete and full:
@@ -56,7 +66,7 @@ class Detokenizer:
         """The rest of the text, when no more ids come."""
         if self.stopped:
             return ""
-        rest = self._until_stop(self._tokenizer.decode(self._window)[self._emitted :])
+        rest = self._until_stop(self._decode(self._window)[self._emitted :])
         rest, self._held = rest + self._held, ""
         self._advance()
         return rest
@@ -65,7 +75,7 @@ class Detokenizer:
         """Drop the old context: the tokens whose text has just come out are the context of the next ones."""
         self._window = self._window[self._known :]
         self._known = len(self._window)
-        self._emitted = len(self._tokenizer.decode(self._window))
+        self._emitted = len(self._decode(self._window))
 
     def _until_stop(self, new: str) -> str:
         """`new` behind what was held back, up to a stop string or to what may become one."""
@@ -75,8 +85,8 @@ class Detokenizer:
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            _, at = min(found)
-            return text[:at]
+            end, start = min(found)
+            return text[: end if self._include_stop_str else start]
         sizes = range(min(len(text), self._longest_stop - 1), 0, -1)
         size = next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in self._stop)), 0)
         self._held = text[len(text) - size :]

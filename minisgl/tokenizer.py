@@ -1,23 +1,26 @@
 """Text -> token ids and back, and chat templates: what transformers' AutoTokenizer does, checked for one request.
 
-Knows a model folder's tokenizer files. Does not know sampling, stop strings or streaming (`detokenizer` does).
-Code from a checkpoint never runs; chat templates run in transformers' sandboxed Jinja.
+Knows a model folder's tokenizer files. Does not know sampling, stop strings or streaming (`detokenizer` does), nor what
+an answer with thinking or tool calls looks like (`parsers` do). Code from a checkpoint never runs; chat templates run
+in transformers' sandboxed Jinja.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from minisgl.chat_template import check_template_kwargs, names_read
 from minisgl.errors import MinisglError, RequestError
+from minisgl.messages import Message, Messages, normalize_messages, with_text_arguments
 
-Messages = Sequence[Mapping[str, Any]]  # [{"role": "user", "content": "..."}, ...]
-ROLES = ("system", "user", "assistant", "tool")
+Tools = Sequence[Mapping[str, Any]]  # [{"type": "function", "function": {"name", "description", "parameters"}}, ...]
 
 
 class Tokenizer:
     """The tokenizer of a model folder. Loading imports transformers, which takes a few seconds.
 
     vocab_size: ids are below it; the model's own may be padded to more.
+    chat_template: its text, "" when the model has none; several, such as one with tools, follow one another.
     """
 
     def __init__(self, folder: Path):
@@ -34,7 +37,14 @@ class Tokenizer:
         self._rust = self._hf.backend_tokenizer if self._hf.is_fast else None
         self.vocab_size = len(self._hf)
         self.eos_id: int | None = self._hf.eos_token_id
-        self.has_chat_template: bool = bool(self._hf.chat_template)
+        templates = self._hf.chat_template or ""
+        templates = list(templates.values()) if isinstance(templates, dict) else [templates]
+        self.chat_template = "\n".join(templates)
+        self._template_names = frozenset[str]().union(*map(names_read, templates))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_template)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a prompt, with the special tokens that the model expects around it (such as a first BOS)."""
@@ -44,22 +54,43 @@ class Tokenizer:
         """`encode` of many texts, in parallel and without the GIL. RequestError when one is not valid Unicode."""
         return self._encode(texts, add_special_tokens=True)
 
-    def apply_chat_template(self, messages: Messages) -> list[int]:
+    def apply_chat_template(
+        self, messages: Messages, tools: Tools | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """The ids of a conversation, ending where the assistant's answer begins. RequestError says what is wrong."""
-        return self.encode_rendered([self.render(messages)])[0]
+        return self.encode_rendered([self.render(messages, tools, template_kwargs)])[0]
 
-    def render(self, messages: Messages) -> str:
-        """The text of a conversation, with the special tokens that its template writes. RequestError as above."""
-        check_messages(messages)
+    def render(
+        self, messages: Messages, tools: Tools | None = None, template_kwargs: Mapping[str, Any] | None = None
+    ) -> str:
+        """The text of a conversation, with the special tokens that its template writes. RequestError as above.
+
+        tools: OpenAI's, checked before (`parsers.check_tools`); refused when the template has no place for them.
+        template_kwargs: those of `chat_template.TEMPLATE_KWARGS` that the template reads, with None as "not given".
+        `continue_final_message` leaves the last message, the assistant's, open so that the answer goes on with it.
+        """
+        conversation = normalize_messages(messages)
         if not self.has_chat_template:
             raise RequestError(
                 "the model has no chat template: send a prompt instead of messages, or use a chat model",
                 "no_chat_template",
             )
-        try:
-            text: str = self._hf.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        if tools and "tools" not in self._template_names:
+            raise RequestError(
+                "the model's chat template has no place for tools: leave tools out, or use a model trained on them",
+                "invalid_parameter",
             )
+        kwargs = check_template_kwargs(template_kwargs or {}, self._template_names)
+        goes_on = kwargs.get("continue_final_message", False)
+        if goes_on and conversation[-1]["role"] != "assistant":
+            raise RequestError(
+                f"continue_final_message needs the assistant's message as the last one, not the "
+                f"{conversation[-1]['role']}'s",
+                "invalid_messages",
+            )
+        kwargs.setdefault("add_generation_prompt", not goes_on)
+        try:
+            text = self._render(conversation, tools, kwargs)
         except Exception as error:  # the template is the model's code: it may raise anything
             raise RequestError(
                 f"the model's chat template refused the messages: {error}", "invalid_messages"
@@ -67,19 +98,30 @@ class Tokenizer:
         _check_unicode(text)
         return text
 
+    def _render(self, conversation: list[Message], tools: Tools | None, kwargs: Mapping[str, Any]) -> str:
+        options = {"tokenize": False, "tools": [dict(tool) for tool in tools] if tools else None, **kwargs}
+        try:
+            text: str = self._hf.apply_chat_template(conversation, **options)
+        except TypeError:
+            as_text = with_text_arguments(conversation)
+            if as_text == conversation:
+                raise
+            text = self._hf.apply_chat_template(as_text, **options)  # DeepSeek-R1's adds arguments to a string
+        return text
+
     def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode_batch` of texts that `render` made: no special tokens are added."""
         return self._encode(texts, add_special_tokens=False)
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids without special tokens; bytes that are no UTF-8 become U+FFFD.
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """The text of the ids, without special tokens or with them; bytes that are no UTF-8 become U+FFFD.
 
         Spaces before punctuation stay as the model wrote them (transformers calls their removal clean-up).
         """
         if self._rust is not None:  # past transformers: 1.4 us instead of 5 for a few ids
-            text: str = self._rust.decode(ids, skip_special_tokens=True)
+            text: str = self._rust.decode(ids, skip_special_tokens=skip_special_tokens)
         else:
-            text = self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = self._hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return text
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
@@ -100,24 +142,3 @@ def _check_unicode(text: str) -> None:
     except UnicodeEncodeError as error:
         message = f"the prompt is not valid Unicode: {error.reason} at character {error.start}"
         raise RequestError(message, "invalid_prompt") from error
-
-
-def check_messages(messages: Messages) -> None:
-    """RequestError unless `messages` is a non-empty list of objects, each with a known role and a text."""
-    if not isinstance(messages, (list, tuple)) or not messages:
-        _refuse('messages must be a non-empty list such as [{"role": "user", "content": "Hello"}]')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            _refuse(f"messages[{index}] is {_kind(message)}; it must be an object with role and content")
-        if message.get("role") not in ROLES:
-            _refuse(f"messages[{index}] has role {message.get('role')!r}; accepted: {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            _refuse(f"messages[{index}] has content that is {_kind(message.get('content'))}; it must be a string")
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RequestError(message, "invalid_messages")
-
-
-def _kind(value: object) -> str:
-    return "missing or null" if value is None else f"a {type(value).__name__}"

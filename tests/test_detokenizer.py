@@ -36,8 +36,8 @@ class Sentencepiece:
     def encode(self, text):
         return self.rust.encode(text).ids
 
-    def decode(self, ids):
-        return self.rust.decode(ids)
+    def decode(self, ids, skip_special_tokens=True):
+        return self.rust.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def in_chunks(ids, sizes):
@@ -49,22 +49,22 @@ def in_chunks(ids, sizes):
     return pieces + [[i] for i in ids[at:]]
 
 
-def cut_at_stop(text, stops):
-    """The text before the stop string whose last character comes first."""
+def cut_at_stop(text, stops, include=False):
+    """The text before the stop string whose last character comes first, or with it."""
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    return text[: min(ends)[1]] if ends else text
+    return text[: min(ends)[0 if include else 1]] if ends else text
 
 
 chunk_sizes = st.lists(st.integers(0, 5), max_size=20)
 
 
 @settings(deadline=None)
-@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=MAX_WINDOW - 4), sizes=chunk_sizes)
-def test_pieces_join_to_the_whole(tokenizer, ids, sizes):
+@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=MAX_WINDOW - 4), sizes=chunk_sizes, skip=st.booleans())
+def test_pieces_join_to_the_whole(tokenizer, ids, sizes, skip):
     """Any ids at all: broken bytes and special tokens too."""
-    detokenizer = Detokenizer(tokenizer)
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
     pieces = [detokenizer.push(piece) for piece in in_chunks(ids, sizes)]
-    assert "".join([*pieces, detokenizer.finish()]) == tokenizer.decode(ids)
+    assert "".join([*pieces, detokenizer.finish()]) == tokenizer.decode(ids, skip)
 
 
 @settings(deadline=None)
@@ -92,11 +92,12 @@ def test_sentencepiece(text, sizes):
     text=st.text("abc 日", max_size=30),
     stops=st.lists(st.text("abc 日", min_size=1, max_size=5), min_size=1, max_size=3),
     sizes=chunk_sizes,
+    include=st.booleans(),
 )
-def test_stop_strings(tokenizer, text, stops, sizes):
-    detokenizer = Detokenizer(tokenizer, stops)
+def test_stop_strings(tokenizer, text, stops, sizes, include):
+    detokenizer = Detokenizer(tokenizer, stops, include_stop_str=include)
     pieces = [detokenizer.push(piece) for piece in in_chunks(tokenizer.encode(text), sizes)]
-    assert "".join([*pieces, detokenizer.finish()]) == cut_at_stop(text, stops)
+    assert "".join([*pieces, detokenizer.finish()]) == cut_at_stop(text, stops, include)
     assert detokenizer.stopped == any(stop in text for stop in stops)
 
 
@@ -134,9 +135,9 @@ def test_cost_does_not_grow_with_the_text(tokenizer, repeated):
     windows = []
 
     class Counting:
-        def decode(self, window):
+        def decode(self, window, skip_special_tokens=True):
             windows.append(len(window))
-            return tokenizer.decode(window)
+            return tokenizer.decode(window, skip_special_tokens)
 
     detokenizer = Detokenizer(Counting())
     text = "".join([*(detokenizer.push([i]) for i in ids), detokenizer.finish()])
@@ -148,3 +149,12 @@ def test_special_tokens_between_words_do_not_eat_spaces(tokenizer):
     detokenizer = Detokenizer(tokenizer)
     ids = [*tokenizer.encode("one"), *[EOS_ID] * 3 * MAX_WINDOW, *tokenizer.encode(" two")]
     assert "".join(detokenizer.push([i]) for i in ids) == "one two"
+
+
+def test_a_special_token_may_be_a_stop_string_where_it_is_text(tokenizer):
+    ids = [*tokenizer.encode("one"), EOS_ID, *tokenizer.encode("two")]
+    shown = Detokenizer(tokenizer, ["<|im_end|>"], skip_special_tokens=False, include_stop_str=True)
+    assert shown.push(ids) == "one<|im_end|>"
+    assert shown.stopped
+    hidden = Detokenizer(tokenizer, ["<|im_end|>"])
+    assert hidden.push(ids) == "onetwo"

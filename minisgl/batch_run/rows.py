@@ -23,11 +23,10 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from minisgl.errors import RequestError
+from minisgl.messages import Message, normalize_messages
 from minisgl.request import SamplingParams
-from minisgl.tokenizer import check_messages
 
 RowId = str | int | float
-Message = dict[str, Any]
 
 SOURCES = ("prompt", "messages", "prompt_token_ids")
 ALIASES = {"max_completion_tokens": "max_tokens"}
@@ -207,25 +206,11 @@ def read_prompt(value: Any) -> str:
 
 
 def read_messages(value: Any) -> list[Message]:
-    """Checked messages; OpenAI's list of text parts becomes one string."""
-    if isinstance(value, list):
-        value = [{**item, "content": _join_parts(item)} if isinstance(item, dict) else item for item in value]
+    """Messages as chat templates expect them."""
     try:
-        check_messages(value)
+        return normalize_messages(value)
     except RequestError as error:
         refuse(str(error), error.type)
-    messages: list[Message] = value
-    return messages
-
-
-def _join_parts(message: Message) -> Any:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            refuse('a content part must be {"type": "text", "text": "..."}; only text is supported', "invalid_messages")
-    return "".join(part["text"] for part in content)
 
 
 def read_token_ids(value: Any) -> list[int]:
