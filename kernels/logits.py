@@ -1,7 +1,8 @@
 """Edit logits before sampling: biases and bans, penalties, and masks of allowed tokens.
 
-    1. logit = -inf where position < bias_from, else logit + bias     for each bias of the row: `logit_bias`, bad words
-                                                                      (bias -inf) and min_tokens (stop ids, until then)
+    1. logit = -inf where position < bias_from, else logit + bias     for each bias of the row: `logit_bias`, and
+                                                                      min_tokens (stop ids, until then)
+       logit = -inf where the output ends with what precedes the id   for each ban of the row: bad words
     2. logit = logit / repetition if logit > 0 else logit * repetition           for each distinct token of the text
     3. logit = logit - frequency * count - presence, count its occurrences       for each distinct token of the output
     4. logit = -inf                                                   where the row's mask has no bit
@@ -9,7 +10,8 @@
 The order is vLLM's; repetition is that of transformers, presence and frequency those of the OpenAI API. Edits are
 computed in fp32 and rounded to the logits' dtype after step 1 and after step 3.
 
-Legend: N samples, V vocabulary, R rows, K biases a row at most, M masks, W = ceil(V / 32) words. logits  # [N, V].
+Legend: N samples, V vocabulary, R rows, K biases and J bans a row at most, C tokens a ban at most, M masks,
+W = ceil(V / 32) words. logits  # [N, V].
 
 Bound by memory, and by what is asked for: the text of rows with penalties, and 4,096 logits a program of rows with a
 mask. Other rows leave after a few loads; a batch that asks for nothing does not launch.
@@ -45,9 +47,14 @@ class Edits:
     bias_ids: torch.Tensor  # [R, K] int32, distinct in a row; -1: none
     biases: torch.Tensor  # [R, K] fp32, -inf bans
     bias_from: torch.Tensor  # [R, K] int32, position of the first token that may be this id
+    bans: (
+        torch.Tensor
+    )  # [R, J, C] int32, the banned id last, before it the output tokens that it may not follow; -1: none
 
     @classmethod
-    def none(cls, num_rows: int, max_biases: int, device: torch.device) -> "Edits":
+    def none(
+        cls, num_rows: int, max_biases: int, device: torch.device, *, max_bans: int = 1, max_ban_tokens: int = 1
+    ) -> "Edits":
         """Tables that ask for nothing."""
 
         def table(value: float, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -61,6 +68,7 @@ class Edits:
             table(-1, whole, max_biases),
             table(0, real, max_biases),
             table(0, whole, max_biases),
+            table(-1, whole, max_bans, max_ban_tokens),
         )
 
 
@@ -83,8 +91,13 @@ def edit_logits_reference(
         biased = logits[sample, ids].float() + edits.biases[row][used]
         logits[sample, ids] = biased.masked_fill(position < edits.bias_from[row][used], -torch.inf).to(logits.dtype)
 
-        repetition, presence, frequency = (x[row] for x in (edits.repetition, edits.presence, edits.frequency))
         text, prompt = tokens[row, :position].long(), int(edits.prompt_length[row])
+        for *before, banned in edits.bans[row].tolist():
+            before = [token for token in before if token >= 0]
+            if banned >= 0 and text[max(prompt, position - len(before)) :].tolist() == before:
+                logits[sample, banned] = -torch.inf
+
+        repetition, presence, frequency = (x[row] for x in (edits.repetition, edits.presence, edits.frequency))
         seen, count = (torch.bincount(part, minlength=vocab) for part in (text, text[prompt:]))
         x = logits[sample].float()
         x = torch.where(seen > 0, torch.where(x > 0, x / repetition, x * repetition), x)
@@ -123,7 +136,8 @@ def _text_of_program(
 
 
 # All but logits and counts are read a few values at a time, and may be slices of any alignment.
-NARROW = ["rows_ptr", "positions_ptr", "tokens_ptr", "tokens_stride", "num_biases", "masks_ptr", "masks_stride"]
+NARROW = ["rows_ptr", "positions_ptr", "tokens_ptr", "tokens_stride", "num_biases", "num_bans"]
+NARROW += ["masks_ptr", "masks_stride"]
 
 
 @triton.jit(do_not_specialize=NARROW)
@@ -144,10 +158,14 @@ def _count_and_bias_kernel(
     biases_ptr,
     bias_from_ptr,
     num_biases,
+    bans_ptr,
+    num_bans,
     TEXT_TOKENS: tl.constexpr,
     BLOCK_BIASES: tl.constexpr,
+    BLOCK_BANS: tl.constexpr,
+    BAN_TOKENS: tl.constexpr,
 ):
-    """Add a part of the text to the counts; the first program of a sample also applies its biases."""
+    """Add a part of the text to the counts; the first program of a sample also applies its biases and bans."""
     sample = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + sample).to(tl.int64)
     if row < 0:
@@ -176,6 +194,19 @@ def _count_and_bias_kernel(
         x += tl.load(biases_ptr + of_row, mask=ids >= 0, other=0.0)
         x = tl.where(position < tl.load(bias_from_ptr + of_row, mask=ids >= 0, other=0), float("-inf"), x)
         tl.store(logits_ptr + sample * logits_stride + ids, x, mask=ids >= 0)
+
+        slots = tl.arange(0, BLOCK_BANS)
+        last = bans_ptr + (row * num_bans + slots) * BAN_TOKENS + BAN_TOKENS - 1
+        banned_ids = tl.load(last, mask=slots < num_bans, other=-1)
+        banned = banned_ids >= 0
+        for back in tl.static_range(1, BAN_TOKENS):
+            wanted = tl.load(last - back, mask=banned, other=-1)
+            place = position - back
+            found = tl.load(tokens_ptr + row * tokens_stride + place, mask=place >= prompt_length, other=-1)
+            banned = banned & ((wanted < 0) | (wanted == found))
+        tl.debug_barrier()  # the biases of the same ids are stored
+        minus_inf = tl.full(slots.shape, float("-inf"), tl.float32)
+        tl.store(logits_ptr + sample * logits_stride + banned_ids, minus_inf, mask=banned)
 
 
 @triton.jit(do_not_specialize=[*NARROW, "mask_of_ptr"])
@@ -271,6 +302,8 @@ def edit_logits(
     check(logits.is_floating_point() and logits.dtype != torch.float64, f"logits: has dtype {logits.dtype}")
     samples, vocab = logits.shape
     num_rows, num_biases = edits.bias_ids.shape
+    check(edits.bans.dim() == 3, f"bans: expected [{num_rows}, J, C], got {list(edits.bans.shape)}")
+    num_bans, ban_tokens = edits.bans.shape[1:]
     of_sample = [("rows", rows), ("positions", positions)] + ([("mask_of", mask_of)] if mask_of is not None else [])
     for name, x in of_sample:
         check(x.shape == (samples,), f"{name}: expected [{samples}], got {list(x.shape)}")
@@ -280,6 +313,7 @@ def edit_logits(
     for field in fields(edits):
         name, x = field.name, getattr(edits, field.name)
         shape = (num_rows, num_biases) if "bias" in name else (num_rows,)
+        shape = (num_rows, num_bans, ban_tokens) if name == "bans" else shape
         check(x.shape == shape, f"{name}: expected {list(shape)}, got {list(x.shape)}")
         check(x.is_contiguous(), f"{name}: must be contiguous")
         check_same(name, x, device=logits.device, dtype=torch.float32 if name in real else torch.int32)
@@ -308,8 +342,12 @@ def edit_logits(
         edits.biases,
         edits.bias_from,
         num_biases,
+        edits.bans,
+        num_bans,
         TEXT_TOKENS=TEXT_TOKENS,
         BLOCK_BIASES=triton.next_power_of_2(max(num_biases, 1)),
+        BLOCK_BANS=triton.next_power_of_2(max(num_bans, 1)),
+        BAN_TOKENS=ban_tokens,
         num_warps=NUM_WARPS,
     )
     _penalize_and_mask_kernel[(samples, max(text_programs, mask_programs))](

@@ -34,6 +34,7 @@ def case(samples, vocab, device, max_len=2500, biases=5):
     positions = torch.minimum(prompts[:samples] + (uniform(samples) * 600).int(), torch.tensor(max_len))
     rows = torch.randperm(num_rows, generator=generator)[:samples].int()
     ids = torch.stack([torch.randperm(max(vocab, biases), generator=generator)[:biases] for _ in range(num_rows)]).int()
+    bans = (uniform(num_rows, 9, 3) ** 3 * min(vocab, 20)).int()
     edits = Edits(
         prompt_length=prompts.to(device),
         repetition=some(0.5 + uniform(num_rows), torch.tensor(1.0)),
@@ -42,6 +43,7 @@ def case(samples, vocab, device, max_len=2500, biases=5):
         bias_ids=some(ids.where(ids < vocab, -1), torch.tensor(-1, dtype=torch.int32)),
         biases=some(uniform(num_rows, biases) * 20 - 10, torch.tensor(-INF)),
         bias_from=some((uniform(num_rows, biases) * max_len).int(), torch.tensor(0, dtype=torch.int32)),
+        bans=bans.where(torch.arange(3) >= (uniform(num_rows, 9, 1) * 4).int(), -1).to(device),
     )
     masks = pack(uniform(3, vocab) < 0.5).to(device)
     mask_of = torch.randint(-1, 3, (samples,), generator=generator).int()
@@ -106,7 +108,7 @@ def test_an_edit_does_not_depend_on_the_batch(device):
 
 def one_row(device, text, prompt_length, logits, **edits):
     """Both functions' logits of one row that asks for `edits`."""
-    tables = Edits.none(1, 2, device)
+    tables = Edits.none(1, 2, device, max_bans=2, max_ban_tokens=3)
     tables.prompt_length.fill_(prompt_length)
     for name, value in edits.items():
         getattr(tables, name)[0] = torch.as_tensor(value, device=device)
@@ -150,6 +152,22 @@ def test_a_stop_id_is_banned_until_min_tokens(device):
             assert out.tolist() == [[0, 0, 0, 0, expected]]
 
 
+@pytest.mark.parametrize("output, banned", [([], []), ([5], [8]), ([4, 5], [7, 8]), ([5, 4], []), ([4, 5, 5], [8])])
+def test_a_bad_word_is_banned_where_the_output_has_its_beginning(device, output, banned):
+    """Bad words (5 8) and (4 5 7); the prompt ends with 4 5, which is no output. A ban wins over a bias of 8."""
+    edits = {"bans": [[-1, 5, 8], [4, 5, 7]], "bias_ids": [8, 9], "biases": [3.0, 2.0]}
+    expected = [0, 0, 0, 0, 0, 0, 0, 0, 3, 2]
+    for token in banned:
+        expected[token] = -INF
+    for out in one_row(device, [4, 5, *output], 2, torch.zeros(1, 10, device=device), **edits):
+        assert out.tolist() == [expected]
+
+
+def test_a_bad_word_of_one_token_is_always_banned(device):
+    for out in one_row(device, [1], 1, torch.zeros(1, 3, device=device), bans=[[-1, -1, 2], [-1, -1, -1]]):
+        assert out.tolist() == [[0, 0, -INF]]
+
+
 def test_ids_beyond_the_mask_are_banned(device):
     """A grammar packs the tokenizer's ids; a padded vocabulary has more, in the last word."""
     arguments = case(1, 40, device)
@@ -183,7 +201,7 @@ def test_refuses_bad_arguments(device, name, change):
         edit_logits(**arguments)
 
 
-@pytest.mark.parametrize("name", ["prompt_length", "repetition", "biases", "bias_from"])
+@pytest.mark.parametrize("name", ["prompt_length", "repetition", "biases", "bias_from", "bans"])
 def test_refuses_bad_tables(device, name):
     arguments = {"logits": torch.randn(4, 70, device=device), **case(4, 70, device)}
     table = getattr(arguments["edits"], name)
