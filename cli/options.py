@@ -32,7 +32,7 @@ model_option = click.option(
 
 def engine_options(command: Command) -> Command:
     """Flags for the fields of EngineConfig; the command gets those that were given as the dict `engine`."""
-    return _table_options(command, EngineConfig, "engine", skip=())
+    return table_options(command, EngineConfig, "engine")
 
 
 def sampling_options(command: Command) -> Command:
@@ -40,7 +40,7 @@ def sampling_options(command: Command) -> Command:
 
     `--seed` is the engine's: rows draw their own from it, so that two equal prompts get two different answers.
     """
-    return _table_options(command, SamplingParams, "sampling", skip=tuple(f.name for f in fields(EngineConfig)))
+    return table_options(command, SamplingParams, "sampling", skip=tuple(f.name for f in fields(EngineConfig)))
 
 
 def engine_flag(name: str) -> Callable[[Command], Command]:
@@ -48,7 +48,7 @@ def engine_flag(name: str) -> Callable[[Command], Command]:
     return _flag(EngineConfig, next(setting for setting in fields(EngineConfig) if setting.name == name))
 
 
-def _table_options(command: Command, table: type, argument: str, skip: tuple[str, ...]) -> Command:
+def table_options(command: Command, table: type, argument: str, skip: tuple[str, ...] = ()) -> Command:
     """Add a flag for each field of `table` that has help and is not hidden; collect and check what was given."""
     settings = [s for s in fields(table) if s.metadata and s.metadata["flag"] != "" and s.name not in skip]
 

@@ -134,7 +134,7 @@ def run(progress: str, report: Path | None, dry_run: bool, **options: Any) -> No
         click.echo(estimate(asked))
         return
     with Job(asked) as job:
-        summary = _answer(job, progress, report) if job.has_rows_left else Summary()
+        summary = answer(job, progress, report) if job.has_rows_left else Summary()
         job.finish()
     click.echo(closing_table(job, summary), err=True)
     if report:
@@ -143,7 +143,7 @@ def run(progress: str, report: Path | None, dry_run: bool, **options: Any) -> No
         sys.exit(ROWS_FAILED)
 
 
-def _answer(job: Job, progress: str, report: Path | None) -> Summary:
+def answer(job: Job, progress: str, report: Path | None = None) -> Summary:
     """Answer the rows that are left; when that does not come to its end, say how far it came and exit."""
     if job.options.model is None:
         click.echo("No model given: using the demo model that ships with minisgl (-m names another).", err=True)

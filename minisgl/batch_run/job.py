@@ -21,7 +21,7 @@ from minisgl.batch_run.parser import RowParser, Template
 from minisgl.batch_run.prompts import Leaders, OnLong
 from minisgl.batch_run.rows import BadRow, Row
 from minisgl.batch_run.runner import BatchRun, Summary
-from minisgl.batch_run.sources import count_rows, default_output, open_sources, read_records
+from minisgl.batch_run.sources import Source, count_rows, default_output, open_sources, read_records
 from minisgl.errors import MinisglError
 from minisgl.request import SamplingParams
 
@@ -71,8 +71,8 @@ class Job:
             raise MinisglError("give --fresh or --retry-errors, not both: the first throws away what the second keeps")
         check_target(self.target)
         self.template = Template(options.template) if options.template is not None else None
-        self.sources = open_sources(options.inputs, options.split, self.target)
-        self.manifest = Manifest(self._settings())
+        self.sources = self.open()
+        self.manifest = Manifest(self.settings())
         self.parser = RowParser(
             SamplingParams(**options.sampling),
             n=options.n,
@@ -102,7 +102,7 @@ class Job:
     def __exit__(self, *exception: object) -> None:
         self.output.close()
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What the answers depend on, as JSON would give it back."""
         options = self.options
         return dict(
@@ -130,6 +130,10 @@ class Job:
                 )
             )
         )
+
+    def open(self) -> list[Source]:
+        """What the rows come from."""
+        return open_sources(self.options.inputs, self.options.split, self.target)
 
     def read(self) -> Iterator[Row | BadRow]:
         """Every row of the input, done or not."""

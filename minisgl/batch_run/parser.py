@@ -97,7 +97,7 @@ class RowParser:
         index, place, value = record.index, record.place, record.value
         head = Head(index, self._key(value), index, place)
         try:
-            values = self._load(value)
+            values = self.load(value)
             if is_batch_line(values):
                 head = read_batch_head(values, head)
                 return self._with_chat(read_batch_row(values, head, self.defaults, self.n))
@@ -118,7 +118,8 @@ class RowParser:
         except RefusedRow as refused:
             return BadRow(head, row_error(refused.type, str(refused)))
 
-    def _load(self, value: bytes | str | dict[str, Any] | RowError) -> dict[str, Any]:
+    def load(self, value: bytes | str | dict[str, Any] | RowError) -> dict[str, Any]:
+        """The columns of a record; RefusedRow when it has none."""
         if isinstance(value, RowError):
             refuse(value.message, value.type)
         if isinstance(value, str):
