@@ -37,8 +37,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type == "cpu":
-        return torch.device("cpu")
+    if device == torch.device("cpu"):
+        return device
     if device.type != "cuda":
         raise MinisglError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N")
     if not torch.cuda.is_available():

@@ -83,7 +83,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: the shards its index names, or model.safetensors, or all there are."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise MinisglError(f"{index}: weight_map must name a file for each tensor; download the model again")
+        shards = [folder / name for name in sorted(set(names.values()))]
         missing = [path.name for path in shards if not path.is_file()]
         if missing or not shards:
             raise MinisglError(f"{folder} lacks shards ({_listed(missing)}) of its index; download the model again")

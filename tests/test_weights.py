@@ -93,6 +93,13 @@ def test_shards(folder):
         load_weights(decoder, folder)
 
 
+@pytest.mark.parametrize("weight_map", [None, [], "model.safetensors", {"lm_head.weight": 1}, {"lm_head.weight": None}])
+def test_an_index_that_names_no_files(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(MinisglError, match="index.json: weight_map must name a file for each tensor"):
+        load_weights(new_decoder(folder), folder)
+
+
 def test_any_name_of_the_only_file(folder):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")

@@ -137,10 +137,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A token-id entry of a config file, which may be absent, one id or a list, as a tuple."""
+    """A token-id entry of a config file, which may be absent, one id or a list, as a tuple. ValueError for others."""
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+    ids = value if isinstance(value, list) else [value]
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise ValueError(f"token id {token!r} is not an integer")
+    return tuple(ids)
 
 
 def _family(raw: dict[str, Any]) -> Family:

@@ -6,7 +6,7 @@ Knows config files. Does not know tokenizers: the caller passes the tokenizer's 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minisgl.errors import MinisglError, RequestError
+from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig, read_json, token_ids
 from minisgl.request import SamplingParams
 
@@ -25,17 +25,17 @@ def generation_defaults(folder: Path, config: ModelConfig, tokenizer_eos_id: int
     """Read `folder`/generation_config.json, which may be absent.
 
     End-of-text ids: generation_config's, else config.json's; and always the tokenizer's. An explicit
-    `"do_sample": false` means temperature 0. MinisglError for a sampling value out of range.
+    `"do_sample": false` means temperature 0. MinisglError for an id that is none and a sampling value out of range.
     """
     path = folder / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
-    eos_ids = token_ids(raw.get("eos_token_id")) or config.eos_ids
+    try:
+        eos_ids = token_ids(raw.get("eos_token_id")) or config.eos_ids
+        sampling = SamplingParams(**{key: raw[key] for key in SAMPLING_KEYS if raw.get(key) is not None})
+    except ValueError as error:
+        raise MinisglError(f"{path}: {error}; correct the file or remove it") from error
     if tokenizer_eos_id is not None:
         eos_ids += (tokenizer_eos_id,)
-    try:
-        sampling = SamplingParams(**{key: raw[key] for key in SAMPLING_KEYS if raw.get(key) is not None})
-    except RequestError as error:
-        raise MinisglError(f"{path}: {error}") from error
     if raw.get("do_sample") is False:
         sampling = replace(sampling, temperature=0.0)
     return GenerationDefaults(frozenset(eos_ids), sampling)

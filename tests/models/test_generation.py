@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -56,6 +57,10 @@ def test_sampling(tmp_path, generation, expected):
     assert defaults(tmp_path, generation).sampling == expected
 
 
-def test_a_value_out_of_range_names_the_file(tmp_path):
-    with pytest.raises(MinisglError, match="generation_config.json: top_p is 2"):
-        defaults(tmp_path, {"top_p": 2})
+@pytest.mark.parametrize(
+    "generation, reason",
+    [({"top_p": 2}, "top_p is 2"), ({"eos_token_id": "</s>"}, "'</s>' is not"), ({"eos_token_id": [2, [3]]}, "[3] is")],
+)
+def test_a_value_that_cannot_be_used_names_the_file(tmp_path, generation, reason):
+    with pytest.raises(MinisglError, match=rf"generation_config.json: .*{re.escape(reason)}"):
+        defaults(tmp_path, generation)
