@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from minisgl.batch_run.manifest import SPEED_ONLY, Manifest, model_revision
+from minisgl.batch_run.manifest import UNRECORDED, Manifest, model_revision
 from minisgl.batch_run.output import check_target, open_output
 from minisgl.batch_run.parser import RowParser, Template
 from minisgl.batch_run.prompts import Leaders, OnLong
 from minisgl.batch_run.rows import BadRow, Row
 from minisgl.batch_run.runner import BatchRun, Summary
 from minisgl.batch_run.sources import Source, count_rows, default_output, open_sources, read_records
+from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.request import SamplingParams
 
@@ -114,8 +115,9 @@ class Job:
                         "shard": options.shard,
                         "model": options.model,
                         "revision": revision(options.model),
+                        "dtype": resolved_dtype(options.model, options.engine),
                         "sampling": options.sampling,
-                        "engine": {name: value for name, value in options.engine.items() if name not in SPEED_ONLY},
+                        "engine": {name: value for name, value in options.engine.items() if name not in UNRECORDED},
                         "prompt_column": options.prompt_column,
                         "template": self.template and self.template.text,
                         "system": options.system,
@@ -199,3 +201,14 @@ def revision(model: str | None) -> str:
     from minisgl.weights import resolve_model  # imports torch
 
     return model_revision(resolve_model(model or ""))
+
+
+def resolved_dtype(model: str | None, engine: dict[str, Any]) -> str:
+    """What "auto" means for this model on this machine's device; MinisglError when there is no such device."""
+    from minisgl.models.config import ModelConfig
+    from minisgl.resolve import resolve_device, resolve_dtype  # imports torch
+    from minisgl.weights import resolve_model
+
+    asked = EngineConfig(**engine)
+    checkpoint_dtype = ModelConfig.from_folder(resolve_model(model or "")).dtype
+    return resolve_dtype(asked.dtype, checkpoint_dtype, resolve_device(asked.device))

@@ -15,9 +15,10 @@ from minisgl.errors import MinisglError
 
 FORMAT = 1
 MANIFEST_SUFFIX = ".manifest.json"
-# Engine settings that change how fast an answer comes and not which one; any other one makes it another command.
-SPEED_ONLY = (
-    *("device", "max_running", "max_step_tokens", "page_size", "max_graph_batch", "overlap", "num_pages"),
+# Engine settings that change how fast an answer comes and not which one; any other one makes it another command. The
+# dtype is recorded as it was resolved: "auto" is another one on another device.
+UNRECORDED = (
+    *("dtype", "device", "max_running", "max_step_tokens", "page_size", "max_graph_batch", "overlap", "num_pages"),
     *("memory_fraction", "cache", "cascade", "evict"),
 )
 # Of a larger file, one of weights, so many samples count, evenly spread: another training changes all of it. Reading 8B
@@ -45,11 +46,11 @@ class Manifest:
         with replaced(path) as file:
             file.write(json.dumps(content, indent=2).encode() + b"\n")
 
-    def differences(self, other: "Manifest") -> list[str]:
-        """In words, what is another in `other`."""
+    def differences(self, other: "Manifest") -> dict[str, str]:
+        """By setting and in words, what is another in `other`."""
         names = [*self.settings, *(name for name in other.settings if name not in self.settings)]
         pairs = [(name, self.settings.get(name), other.settings.get(name)) for name in names]
-        return [f"{name} was {_short(was)}, is {_short(now)}" for name, was, now in pairs if was != now]
+        return {name: f"{name} was {_short(was)}, is {_short(now)}" for name, was, now in pairs if was != now}
 
 
 def manifest_path(output: Path) -> Path:

@@ -64,9 +64,9 @@ def _check_shards(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
         number, its_of = manifest.settings["shard"]
         changes = first.differences(_without_shard(manifest))
         if its_of != of:
-            changes.append(f"--shard was I/{of}, is I/{its_of}")
+            changes["shard"] = f"--shard was I/{of}, is I/{its_of}"
         if changes:
-            raise MinisglError(f"{parts[0]} and {part} are of two commands: {'; '.join(changes)}")
+            raise MinisglError(f"{parts[0]} and {part} are of two commands: {'; '.join(changes.values())}")
         if number in shards:
             raise MinisglError(f"{shards[number]} and {part} are both shard {number}/{of}")
         shards[number] = part

@@ -149,9 +149,10 @@ class OutputFile:
                 "--fresh replaces it, or name another output with -o"
             )
         if before and num_bytes and (changes := before.differences(self.manifest)):
+            go_on = f"--dtype {before.settings['dtype']} goes on with it, " if [*changes] == ["dtype"] else ""
             raise MinisglError(
-                f"{self.path} was made by another command: {'; '.join(changes)}. "
-                "--fresh starts it anew, or name another output with -o"
+                f"{self.path} was made by another command: {'; '.join(changes.values())}. "
+                f"{go_on}--fresh starts it anew, or name another output with -o"
             )
         return before
 

@@ -54,3 +54,16 @@ def test_a_job_that_stops_and_goes_on_gives_the_same_texts(tmp_path: Path) -> No
             job.finish()
     assert texts("pieces.jsonl") == texts("whole.jsonl")
     assert any(first != second for first, second in texts("whole.jsonl")), "samples have seeds of their own"
+
+
+def test_the_manifest_has_the_dtype_that_auto_became(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is 2 + 3?\n")
+
+    def dtype(**engine: str) -> str:
+        with Job(JobOptions([str(prompts)], engine=engine)) as job:
+            assert "dtype" not in job.manifest.settings["engine"]
+            return str(job.manifest.settings["dtype"])
+
+    assert dtype(device="cpu") == dtype(dtype="float32") == "float32"
+    assert dtype(dtype="bfloat16") == "bfloat16"

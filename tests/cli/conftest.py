@@ -25,6 +25,7 @@ def invoke(fake_llm: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
     """`invoke("run", "in.jsonl", input=b"...")` in an empty folder, with FakeLLM as the engine."""
     monkeypatch.setitem(sys.modules, "minisgl.llm", SimpleNamespace(LLM=fake_llm))
     monkeypatch.setattr(job, "revision", lambda model: "as it was")
+    monkeypatch.setattr(job, "resolved_dtype", lambda model, engine: engine.get("dtype", "float32"))
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGINT)
     yield lambda *args, input=None: CliRunner().invoke(main, [str(arg) for arg in args], input=input)

@@ -140,7 +140,7 @@ MILLION = """
 
     sys.modules["minisgl.llm"] = SimpleNamespace(LLM=Stub)
     from minisgl.batch_run import job
-    job.revision = lambda model: "as it was"
+    job.revision, job.resolved_dtype = (lambda model: "as it was"), (lambda model, engine: "float32")
     from minisgl.cli.main import main
     try:
         main()

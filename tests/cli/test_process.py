@@ -27,7 +27,7 @@ PROGRAM = """
 
     sys.modules["minisgl.llm"] = types.SimpleNamespace(LLM=SlowLLM)
     from minisgl.batch_run import job
-    job.revision = lambda model: "as it was"
+    job.revision, job.resolved_dtype = (lambda model: "as it was"), (lambda model, engine: "float32")
     atexit.register(time.sleep, 0.2)
     from minisgl.cli.main import main
     main()

@@ -87,6 +87,18 @@ def test_another_revision_of_the_model(invoke: Invoke, prompts: Path, monkeypatc
     assert (done.exit_code, 'revision was "as it was", is "trained further"' in done.stderr) == (2, True)
 
 
+def test_a_device_with_another_dtype(invoke: Invoke, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a job that was begun on a GPU goes on on a CPU: `auto` is bfloat16 there and float32 here."""
+    here = job.resolved_dtype
+    monkeypatch.setattr(job, "resolved_dtype", lambda model, engine: engine.get("dtype", "bfloat16"))
+    assert invoke("run", prompts, "--limit", "4").exit_code == 0
+    monkeypatch.setattr(job, "resolved_dtype", here)
+    done = invoke("run", prompts)
+    assert (done.exit_code, 'dtype was "bfloat16", is "float32". --dtype bfloat16 goes on' in done.stderr) == (2, True)
+    assert invoke("run", prompts, "--dtype", "bfloat16").exit_code == 0
+    assert len(read_rows("prompts.results.jsonl")) == 10
+
+
 def test_an_input_that_has_changed(invoke: Invoke, prompts: Path) -> None:
     assert invoke("run", prompts).exit_code == 0
     before = Path("prompts.results.jsonl").read_bytes()
