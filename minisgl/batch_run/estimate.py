@@ -97,18 +97,19 @@ def _count(job: Job, config: EngineConfig, tokenizer: Tokenizer | None, max_toke
             asked = [row for row in chunk if isinstance(row, Row)]
             if job.leaders:
                 asked = [row for row in asked if job.leaders.find(row) is None]
-            for row, ids in maker.tokenize(asked):
+            for row, prompts in maker.tokenize(asked):
                 wanted = row.params.max_tokens or max_tokens
-                if isinstance(ids, RequestError):
-                    totals.errors[ids.type] += 1
+                if isinstance(prompts, RequestError):
+                    totals.errors[prompts.type] += 1
                     continue
-                if len(ids) >= max_len and maker.on_long == "error":
+                if maker.on_long == "error" and any(len(ids) >= max_len for ids in prompts):
                     totals.errors["prompt_too_long"] += 1
                     continue
-                num_prompt = min(len(ids), max_len - 1)
-                totals.samples += row.n
-                totals.prompt_tokens += num_prompt * row.n
-                totals.output_tokens += min(wanted, max_len - num_prompt) * row.n
+                for ids in prompts:
+                    num_prompt = min(len(ids), max_len - 1)
+                    totals.samples += row.n
+                    totals.prompt_tokens += num_prompt * row.n
+                    totals.output_tokens += min(wanted, max_len - num_prompt) * row.n
     return totals
 
 

@@ -7,6 +7,7 @@ body that ask for what this engine does not do are refused, unless their value s
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from minisgl.batch_run.rows import (
@@ -94,24 +95,16 @@ def _read_body(head: Head, body: dict[str, Any], defaults: SamplingParams, defau
     if value is None:
         refuse(f"the body has no {source}")
     if source == "messages":
-        return Row(head, params, messages=_read_messages(value), n=n)
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
-        value = value[0]
-    if isinstance(value, list) and value and not isinstance(value[0], int):
-        refuse("prompt has several prompts; give one in each line", "invalid_prompt")
-    if isinstance(value, list):
-        return Row(head, params, prompt_token_ids=read_token_ids(value), n=n)
-    return Row(head, params, prompt=read_prompt(value), n=n)
+        return Row(head, params, messages=read_messages(value), n=n)
+    several = isinstance(value, list) and value and isinstance(value[0], (str, list))
+    prompts = [_read_prompt(prompt) for prompt in (value if several else [value])]
+    first = prompts[0]
+    asked = {"prompt": first} if isinstance(first, str) else {"prompt_token_ids": first}
+    return Row(replace(head, num_prompts=len(prompts)), params, n=n, more_prompts=tuple(prompts[1:]), **asked)
 
 
-def _read_messages(value: Any) -> list[dict[str, Any]]:
-    """OpenAI calls the system role of its newer models "developer"."""
-    if isinstance(value, list):
-        value = [
-            {**item, "role": "system"} if isinstance(item, dict) and item.get("role") == "developer" else item
-            for item in value
-        ]
-    return read_messages(value)
+def _read_prompt(value: Any) -> str | list[int]:
+    return read_token_ids(value) if isinstance(value, list) else read_prompt(value)
 
 
 def answer_values(head: Head, outcome: list[Result] | RowError) -> dict[str, Any]:
@@ -122,7 +115,7 @@ def answer_values(head: Head, outcome: list[Result] | RowError) -> dict[str, Any
         error = {"code": outcome.type, "message": outcome.message}
         status, body = 400, {"error": {**error, "type": "invalid_request_error", "param": None}}
     else:
-        status, body = 200, _completion(head, name, outcome)
+        status, body = 200, _completion(head, outcome)
     response = {"status_code": status, "request_id": f"req_{name}", "body": body}
     return {"id": f"batch_req_{name}", "custom_id": head.id, "response": response, "error": error}
 
@@ -135,8 +128,10 @@ def read_mark(values: dict[str, Any]) -> tuple[int, int, bool]:
 
 def relabel(values: dict[str, Any], head: Head) -> dict[str, Any]:
     """The values of an answer as those of another line, which asked the same."""
-    name = _name(head)
-    response = {**values["response"], "request_id": f"req_{name}"}
+    name, body = _name(head), values["response"]["body"]
+    if "id" in body:
+        body = {**body, "id": _completion_id(head), "model": head.model}
+    response = {**values["response"], "request_id": f"req_{name}", "body": body}
     return {**values, "id": f"batch_req_{name}", "custom_id": head.id, "response": response}
 
 
@@ -144,18 +139,22 @@ def _name(head: Head) -> str:
     return f"{head.index}-{head.key:016x}"
 
 
-def _completion(head: Head, name: str, results: list[Result]) -> dict[str, Any]:
-    chat = head.form == "chat.completion"
+def _completion_id(head: Head) -> str:
+    return f"{'chatcmpl' if head.form == 'chat.completion' else 'cmpl'}-{_name(head)}"
+
+
+def _completion(head: Head, results: list[Result]) -> dict[str, Any]:
     choices = []
     for index, result in enumerate(results):
         content: dict[str, Any] = {"text": result.text}
-        if chat:
+        if head.form == "chat.completion":
             content = {"message": {"role": "assistant", "content": result.text, "refusal": None}}
         choices.append({"index": index, **content, "logprobs": None, "finish_reason": result.finish_reason})
-    prompt_tokens = results[0].usage.prompt_tokens
+    firsts = results[:: len(results) // head.num_prompts]  # the answers to one prompt follow one another
+    prompt_tokens = sum(result.usage.prompt_tokens for result in firsts)
     completion_tokens = sum(result.usage.completion_tokens for result in results)
     return {
-        "id": f"{'chatcmpl' if chat else 'cmpl'}-{name}",
+        "id": _completion_id(head),
         "object": head.form,
         "created": int(time.time()),
         "model": head.model,
@@ -164,6 +163,6 @@ def _completion(head: Head, name: str, results: list[Result]) -> dict[str, Any]:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": results[0].usage.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in firsts)},
         },
     }

@@ -183,7 +183,7 @@ class RowParser:
 
 def question_hash(row: Row) -> bytes:
     """Equal for rows that ask the same with the same parameters, whatever else they carry."""
-    content = repr((row.prompt, row.messages, row.prompt_token_ids, row.params, row.n, row.head.form))
+    content = repr((row.prompts, row.messages, row.params, row.n, row.head.form))
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 

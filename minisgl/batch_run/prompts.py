@@ -3,7 +3,7 @@
 Knows the tokenizer and the engine's interface. Does not know sources or outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -64,66 +64,74 @@ class PromptMaker:
                 done[row.head.index] = Prepared(row.head, leader=leader)
             else:
                 asked.append(row)
-        for row, prompt in self.tokenize(asked):
+        for row, prompts in self.tokenize(asked):
             try:
-                if isinstance(prompt, RequestError):
-                    raise prompt
-                done[row.head.index] = Prepared(row.head, self._requests(row, prompt))
+                if isinstance(prompts, RequestError):
+                    raise prompts
+                done[row.head.index] = Prepared(row.head, self._requests(row, prompts))
             except RequestError as refusal:
                 done[row.head.index] = Prepared(row.head, error=row_error(refusal.type, str(refusal)))
         return [done[row.head.index] for row in rows]
 
-    def _requests(self, row: Row, ids: list[int]) -> list[Request]:
-        """One request for each sample; their seeds differ."""
-        if self.on_long != "error":
-            ids = self._shorten(row, ids)
-        requests = []
-        for sample in range(row.n):
-            params = row.params
-            if sample and params.seed is not None:
-                params = replace(params, seed=(params.seed + sample) % 2**63)
-            requests.append(self.llm.new_request(ids, params, index=row.head.index + sample * SAMPLE_STRIDE))
+    def _requests(self, row: Row, prompts: list[list[int]]) -> list[Request]:
+        """One request for each sample of each prompt; their seeds differ."""
+        requests: list[Request] = []
+        for ids in prompts:
+            if self.on_long != "error":
+                ids = self._shorten(row, ids)
+            for _ in range(row.n):
+                place, params = len(requests), row.params
+                if place and params.seed is not None:
+                    params = replace(params, seed=(params.seed + place) % 2**63)
+                requests.append(self.llm.new_request(ids, params, index=row.head.index + place * SAMPLE_STRIDE))
         return requests
 
     # -- text to token ids --
 
-    def tokenize(self, rows: list[Row]) -> list[tuple[Row, list[int] | RequestError]]:
-        """Each row with its prompt's token ids, or with why it has none. Texts are encoded together: in parallel."""
-        tokenized: list[tuple[Row, list[int] | RequestError]] = []
-        texts: list[tuple[Row, str]] = []
-        rendered: list[tuple[Row, str]] = []
+    def tokenize(self, rows: list[Row]) -> list[tuple[Row, list[list[int]] | RequestError]]:
+        """Each row with the ids of its prompts, or with why it has none. Texts are encoded together: in parallel."""
+        tokenized: list[tuple[Row, list[list[int]] | RequestError]] = []
+        texts: list[tuple[list[int], str]] = []  # with the list that gets its ids
+        rendered: list[tuple[list[int], str]] = []
         for row in rows:
-            if row.prompt_token_ids is not None:
-                tokenized.append((row, row.prompt_token_ids))
-            elif refusal := self._refuse_text(row):
-                tokenized.append((row, refusal))
-            elif row.prompt is not None:
-                texts.append((row, row.prompt))
-            else:
-                try:
-                    rendered.append((row, self.llm.tokenizer.render(row.messages or [])))
-                except RequestError as error:
-                    tokenized.append((row, error))
+            try:
+                self._check_text(row)
+                if row.messages is not None:
+                    prompts: list[list[int]] = [[]]
+                    rendered.append((prompts[0], self.llm.tokenizer.render(row.messages)))
+                else:
+                    prompts = [[] if isinstance(prompt, str) else prompt for prompt in row.prompts]
+                    texts += [
+                        (ids, text) for ids, text in zip(prompts, row.prompts, strict=True) if isinstance(text, str)
+                    ]
+                tokenized.append((row, prompts))
+            except RequestError as error:
+                tokenized.append((row, error))
         if texts:
-            encoded = self.llm.tokenizer.encode_batch([text for _, text in texts])
-            tokenized += [(row, ids) for (row, _), ids in zip(texts, encoded, strict=True)]
+            _fill(texts, self.llm.tokenizer.encode_batch)
         if rendered:
-            encoded = self.llm.tokenizer.encode_rendered([text for _, text in rendered])
-            tokenized += [(row, ids) for (row, _), ids in zip(rendered, encoded, strict=True)]
+            _fill(rendered, self.llm.tokenizer.encode_rendered)
         return tokenized
 
-    def _refuse_text(self, row: Row) -> RequestError | None:
-        """Why the row's text cannot become tokens, whatever it says."""
+    def _check_text(self, row: Row) -> None:
+        """RequestError when the row's text cannot become tokens, whatever it says."""
+        texts = (
+            [sum(len(message["content"]) for message in row.messages)]
+            if row.messages is not None
+            else [len(prompt) for prompt in row.prompts if isinstance(prompt, str)]
+        )
+        if not texts:
+            return
         try:
             _ = self.llm.tokenizer
         except MinisglError as error:
-            return RequestError(str(error), "no_tokenizer")
-        messages = row.messages or [{"content": row.prompt}]
-        num_chars = sum(len(message["content"]) for message in messages)
-        if num_chars <= MAX_CHARS_PER_TOKEN * self._max_len or self.on_long != "error":
-            return None
-        message = f"the prompt has {num_chars:,} characters, which the context of {self._max_len:,} tokens cannot hold"
-        return RequestError(f"{message}: shorten it", "prompt_too_long")
+            raise RequestError(str(error), "no_tokenizer") from error
+        if max(texts) > MAX_CHARS_PER_TOKEN * self._max_len and self.on_long == "error":
+            raise RequestError(
+                f"the prompt has {max(texts):,} characters, which the context of {self._max_len:,} tokens cannot hold: "
+                "shorten it",
+                "prompt_too_long",
+            )
 
     # -- prompts that are too long --
 
@@ -156,3 +164,8 @@ class PromptMaker:
 
     def _cut(self, ids: list[int], excess: int) -> list[int]:
         return ids[excess:] if self.on_long == "truncate-left" else ids[: len(ids) - excess]
+
+
+def _fill(texts: list[tuple[list[int], str]], encode: Callable[[list[str]], list[list[int]]]) -> None:
+    for (ids, _), found in zip(texts, encode([text for _, text in texts]), strict=True):
+        ids += found

@@ -74,6 +74,7 @@ class Head:
     """What an output line needs to know of its row.
 
     form: "row" is ours; "chat.completion" and "text_completion" are OpenAI's. model: the name such a line asked for.
+    num_prompts: of a text_completion, which has as many answers to each.
     """
 
     index: int
@@ -83,11 +84,15 @@ class Head:
     columns: dict[str, Any] = field(default_factory=dict)
     form: str = "row"
     model: str = ""
+    num_prompts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row that asks for `n` answers; exactly one of prompt, messages and prompt_token_ids is set."""
+    """A row that asks for `n` answers; exactly one of prompt, messages and prompt_token_ids is set.
+
+    more_prompts: what else an OpenAI line with several prompts asks, for `n` answers each.
+    """
 
     head: Head
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -95,6 +100,13 @@ class Row:
     messages: list[Message] | None = None
     prompt_token_ids: list[int] | None = None
     n: int = 1
+    more_prompts: tuple[str | list[int], ...] = ()
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """All of its texts and lists of token ids; none for messages."""
+        first = self.prompt if self.prompt is not None else self.prompt_token_ids
+        return [] if first is None else [first, *self.more_prompts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ class Summary:
 
 @dataclass
 class Pending:
-    """A row in flight: the samples that ended, the number that did not, and rows that wait for the same answer."""
+    """A row in flight: its samples that ended, prompt by prompt; the number that did not; and rows that wait for the
+    same answer."""
 
     head: Head
     results: list[Result | None]
@@ -147,7 +148,7 @@ class BatchRun:
         pending = self._pending.get(index)
         if pending is None:  # the row was given up, with samples that had not started
             return []
-        self._count(result, is_first=not sample)
+        self._count(result, is_first=sample % (len(pending.results) // pending.head.num_prompts) == 0)
         pending.results[sample] = result
         pending.num_missing -= 1
         if pending.num_missing:

@@ -1,6 +1,7 @@
 """Templates, columns, system messages and OpenAI's Batch lines."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,16 @@ def test_completions(prompt: Any, name: str) -> None:
     assert body["choices"][0]["finish_reason"] == "length"
 
 
+def test_several_prompts_in_a_line() -> None:
+    row = good(batch_line("/v1/completions", prompt=["Hi", [1, 2], "Ho"], n=2))
+    assert (row.prompts, row.n, row.head.num_prompts) == (["Hi", [1, 2], "Ho"], 2, 3)
+    results = [Result(str(place), [1], "stop", Usage(place // 2 + 5, 1, place // 2)) for place in range(6)]
+    body = json.loads(format_line(row.head, results).data)["response"]["body"]
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(n, str(n)) for n in range(6)]
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (5 + 6 + 7, 6)
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 0 + 1 + 2}
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -170,7 +181,9 @@ def test_completions(prompt: Any, name: str) -> None:
         (batch_line(messages=[{"role": "user", "content": "Hi"}], tools=[{"type": "function"}]), "'tools'"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], stream=True), "'stream'"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "'temprature'"),
-        (batch_line("/v1/completions", prompt=["a", "b"]), "one in each line"),
+        (batch_line("/v1/completions", prompt=["a", 1]), "not a number"),
+        (batch_line("/v1/completions", prompt=[]), "at least one"),
+        (batch_line("/v1/completions", prompt=[[1], []]), "at least one"),
     ],
 )
 def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: str) -> None:
@@ -185,16 +198,16 @@ def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: st
     assert answer.failed and parse_line(answer.data) == answer
 
 
-def test_the_answer_of_a_row_that_asks_the_same() -> None:
+def test_the_answer_of_a_row_that_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.0)
     results = [Result("a", [1], "stop", Usage(1, 1, 0))]
     head = Head(8, 99, "second", columns={"label": 2})
     copy = relabel(format_line(Head(3, 7, "first", columns={"label": 1}), results).data, head)
     assert copy == format_line(head, results)
     row = good(batch_line())
-    second = Head(8, 99, "second", form=row.head.form)
+    second = Head(8, 99, "second", form=row.head.form, model="theirs")
     copy = relabel(format_line(row.head, results).data, second)
-    values = json.loads(copy.data)
-    assert (values["custom_id"], values["id"]) == ("second", "batch_req_8-0000000000000063")
+    assert copy == format_line(second, results)
     assert parse_line(copy.data) == copy
     failed = relabel(format_line(row.head, RowError("invalid_row", "why")).data, second)
     assert failed.failed and json.loads(failed.data)["error"]["message"] == "why"

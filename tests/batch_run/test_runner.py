@@ -124,6 +124,24 @@ def test_prompts_and_messages(fake_llm: Any) -> None:
     assert "--no-chat" in job.rows[1]["error"]["message"]
 
 
+def test_several_prompts_in_a_line(fake_llm: Any) -> None:
+    body = {"prompt": ["a", "bcd", [101]], "n": 2, "seed": 7}
+    lines = [{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}]
+    lines.append({**lines[0], "body": {"prompt": ["a", "x" * 200]}})
+    llm = fake_llm()
+    output: Any = Lines()
+    summary = BatchRun(llm, output).run(rows_of(*lines))
+    asked = [[97], [97], [98, 99, 100], [98, 99, 100], [101], [101]]
+    places = [place * prompts.SAMPLE_STRIDE for place in range(6)]
+    assert [llm.prompts[place] for place in places] == asked
+    assert [llm.params[place].seed for place in places] == [7, 8, 9, 10, 11, 12]
+    assert (summary.rows, summary.prompt_tokens, summary.errors) == (2, 1 + 3 + 1, {"prompt_too_long": 1})
+    answer, refusal = (json.loads(output.by_index[index])["response"] for index in range(2))
+    assert [choice["index"] for choice in answer["body"]["choices"]] == list(range(6))
+    assert answer["body"]["usage"]["prompt_tokens"] == 1 + 3 + 1
+    assert refusal["status_code"] == 400
+
+
 def test_a_model_without_a_chat_template(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = fake_llm()
     monkeypatch.setattr(type(llm.tokenizer), "has_chat_template", False)
