@@ -41,7 +41,7 @@ def format_line(head: Head, outcome: list[Result] | RowError, *, return_token_id
         values = openai_batch.answer_values(head, error or results)
     else:
         values = _values(head, results or [Result("", [], "error", Usage())], error or None, return_token_ids)
-    return Line(head.index, head.key, bool(error), _dump(values))
+    return Line(head.index, head.key, bool(error), dump(values))
 
 
 def parse_line(data: bytes) -> Line | None:
@@ -65,7 +65,7 @@ def relabel(line: bytes, head: Head) -> Line:
         values = {name: values[name] for name in NAMES if name in values} | own | _carried(head)
     else:
         values = openai_batch.relabel(values, head)
-    return Line(head.index, head.key, values["error"] is not None, _dump(values))
+    return Line(head.index, head.key, values["error"] is not None, dump(values))
 
 
 def _values(head: Head, results: list[Result], error: RowError | None, return_token_ids: bool) -> dict[str, Any]:
@@ -98,7 +98,8 @@ def _carried(head: Head) -> dict[str, Any]:
     return {f"input_{name}" if name in NAMES else name: value for name, value in head.columns.items()}
 
 
-def _dump(values: dict[str, Any]) -> bytes:
+def dump(values: dict[str, Any]) -> bytes:
+    """One line of JSON that any reader takes for one line."""
     line = json.dumps(values, ensure_ascii=False, default=jsonable).translate(_LINE_BREAKS)
     # A lone surrogate of an id or a column becomes the JSON escape that it was in the input.
     return line.encode("utf-8", "backslashreplace") + b"\n"
