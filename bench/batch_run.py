@@ -1,15 +1,13 @@
-"""What the batch runner costs: `python -m minisgl.bench.batch_run [MODEL]`.
+"""What the batch runner costs: `minisgl bench batch_run`.
 
-    overhead   seconds of a job, from file to durable results, over those of LLM.generate on its prompts, minus 1
-    journal    rows of ROW_BYTES that are appended and fsynced in a second, ROWS_A_STEP at a time
-
-Both sides of the overhead run in turn on one engine with an empty prefix cache; the row has the median of each.
+Both sides of the overhead run in turn on one engine with an empty prefix cache; the row has the median of each. The
+command's help has the formula of each figure.
 """
 
 import json
 import statistics
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,25 +19,44 @@ from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.journal import Journal
 from minisgl.bench.engines import TEMPERATURE, find_model
 from minisgl.bench.harness import environment, write_rows
-from minisgl.bench.workloads import Workload, load
+from minisgl.bench.workloads import WORKLOADS, Workload, load
 from minisgl.llm import LLM
 from minisgl.models.config import ModelConfig
 from minisgl.request import SamplingParams
 
-RESULTS = Path(__file__).parent / "results" / "batch_run.jsonl"
-REPEATS = 5
 NUM_ROWS, ROW_BYTES, ROWS_A_STEP = 200_000, 1024, 8
 
 
-def overhead(model: str, workload: str = "mini", **options: Any) -> dict[str, Any]:
-    """A row: the same work through LLM.generate and through a job. Raises MinisglError when it does not fit."""
+def run(
+    model: str,
+    workload: str,
+    *,
+    repeats: int = 3,
+    warmups: int = 1,
+    json_path: Path | None = None,
+    **options: Any,
+) -> Iterator[dict[str, Any]]:
+    """A row for the journal and one for the overhead; arguments and errors as in `throughput.run`."""
     folder, options = find_model(model, options)
     work = load(workload, folder, ModelConfig.from_folder(folder).vocab_size)
+    name = workload if workload in WORKLOADS else Path(workload).name
+    if json_path:
+        write_rows(json_path, [])  # a path that cannot be written should fail now
+    for measure in (journal, lambda: _overhead(model, name, folder, work, repeats, warmups, options)):
+        row = measure()
+        if json_path:
+            write_rows(json_path, [row])
+        yield row
+
+
+def _overhead(
+    model: str, name: str, folder: Path, work: Workload, repeats: int, warmups: int, options: dict[str, Any]
+) -> dict[str, Any]:
     sides: dict[str, list[float]] = {"generate": [], "job": []}
     with TemporaryDirectory() as place, LLM(folder, **options) as llm:
         prompts = Path(place) / "prompts.jsonl"
         prompts.write_text("".join(json.dumps(row) + "\n" for row in _rows(work)))
-        for repeat in range(REPEATS + 1):  # the first is the warm-up
+        for repeat in range(-warmups, repeats):
             for side, seconds in sides.items():
                 llm.reset_prefix_cache()
                 started = time.perf_counter()
@@ -47,17 +64,18 @@ def overhead(model: str, workload: str = "mini", **options: Any) -> dict[str, An
                     llm.generate(work.prompts, [_params(length) for length in work.output_lens])
                 else:
                     _run_job(llm, prompts, str(Path(place) / f"{repeat}.jsonl"), str(folder))
-                if repeat:
+                if repeat >= 0:
                     seconds.append(time.perf_counter() - started)
-        device = llm.engine.device
+        device, dtype = llm.core.engine.device, llm.config.dtype
     generate, job = (statistics.median(seconds) for seconds in sides.values())
     return {
         "bench": "batch_run",
         "model": model,
-        "workload": workload,
+        "workload": name,
         "overhead": round(job / generate - 1, 4),
         "generate_s": [round(value, 4) for value in sides["generate"]],
         "job_s": [round(value, 4) for value in sides["job"]],
+        "dtype": dtype,
         **environment(device),
     }
 
@@ -99,7 +117,14 @@ def _run_job(llm: LLM, prompts: Path, output: str, model: str) -> None:
         job.finish()
 
 
-if __name__ == "__main__":
-    for row in (journal(), *(overhead(name) for name in sys.argv[1:])):
-        write_rows(RESULTS, [row])
-        print(json.dumps(row))
+def table(row: dict[str, Any]) -> str:
+    """A row as text."""
+    if row["bench"] == "journal":
+        return f"journal  {row['rows_per_s']:,} rows/s of {row['row_bytes']:,} bytes, {row['rows_a_step']} at a time"
+    lines = [f"{row['model']}, {row['workload']}, {row['dtype']}, {row['device']}"]
+    for side in ("generate", "job"):
+        seconds = row[f"{side}_s"]
+        spread = f"({min(seconds):.3f} .. {max(seconds):.3f}), {len(seconds)} timed"
+        lines.append(f"  {side + ' s':<11} {statistics.median(seconds):.3f}  {spread}")
+    lines.append(f"  {'overhead':<11} {row['overhead']:.2%}")
+    return "\n".join(lines)

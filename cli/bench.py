@@ -17,6 +17,7 @@ Examples:
   minisgl bench throughput --workload mini
   minisgl bench latency --batch 8
   minisgl bench kernels rms_norm attention_decode
+  minisgl bench batch_run
   minisgl bench report
 """
 THROUGHPUT_EXAMPLES = """\b
@@ -54,6 +55,18 @@ Examples:
   minisgl bench latency
   minisgl bench latency --batch 32 --input-len 1024 --output-len 256 --json rows.jsonl
 """
+BATCH_RUN_EXAMPLES = """\b
+Figures:
+  journal   rows that are appended and fsynced in a second, in the folder for temporary files
+  generate  seconds of LLM.generate on the workload's prompts
+  job       seconds of `minisgl run` on the same engine, from the file of prompts to durable results
+  overhead  median of job / median of generate - 1
+
+\b
+Examples:
+  minisgl bench batch_run
+  minisgl bench batch_run -m minisgl/demo/model --workload examples/prompts.jsonl --json rows.jsonl
+"""
 KERNELS_EXAMPLES = """\b
 Figures:
   us           median of launches, each after the L2 cache was emptied; the host's share of a launch is in it
@@ -82,15 +95,24 @@ json_option = click.option(
 )
 
 
+workload_option = click.option(
+    "--workload",
+    default="mini",
+    show_default=True,
+    metavar="WORKLOAD",
+    help="mini, single, prefill, shared_prefix or a file of JSON lines.",
+)
+baseline_option = click.option(
+    "--baseline",
+    type=click.Choice(("transformers",)),
+    help="Then the same work through transformers' continuous batching, for a ratio.",
+)
+
+
 def run_options(command: Command) -> Command:
     """The flags of every measurement of a whole engine."""
     for option in (
         json_option,
-        click.option(
-            "--baseline",
-            type=click.Choice(("transformers",)),
-            help="Then the same work through transformers' continuous batching, for a ratio.",
-        ),
         click.option(
             "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
         ),
@@ -115,14 +137,9 @@ def bench() -> None:
 
 
 @bench.command(cls=OneLineErrors, epilog=THROUGHPUT_EXAMPLES)
-@click.option(
-    "--workload",
-    default="mini",
-    show_default=True,
-    metavar="WORKLOAD",
-    help="mini, single, prefill, shared_prefix or a file of JSON lines.",
-)
+@workload_option
 @run_options
+@baseline_option
 @click.option(
     "--profile",
     "profile_dir",
@@ -145,6 +162,7 @@ def throughput(engine: dict[str, Any], **flags: Any) -> None:
 @click.option("--input-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
 @click.option("--output-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each answer.")
 @run_options
+@baseline_option
 @engine_options
 def latency(engine: dict[str, Any], **flags: Any) -> None:
     """Run equal requests together and print how long each waits for its tokens."""
@@ -161,6 +179,18 @@ def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Ro
         if before:
             click.echo(f"{before['engine']} is {ratio(before, row):.2f} times as fast as {row['engine']}")
         before = row
+
+
+@bench.command("batch_run", cls=OneLineErrors, epilog=BATCH_RUN_EXAMPLES)
+@workload_option
+@run_options
+@engine_options
+def batch_run(engine: dict[str, Any], **flags: Any) -> None:
+    """Measure what `minisgl run` costs over LLM.generate, and its journal."""
+    from minisgl.bench.batch_run import run, table
+
+    for row in run(**flags, **engine):
+        click.echo(table(row))
 
 
 @bench.command(cls=OneLineErrors, epilog=KERNELS_EXAMPLES)

@@ -15,19 +15,20 @@ needs_demo_model = pytest.mark.skipif(
 
 
 @needs_demo_model
-def test_the_cost_of_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_run, "REPEATS", 1)
-    monkeypatch.setitem(WORKLOADS, "mini", lambda seed: Workload([[1, 2, 3]] * 4, [2] * 4))
-    row = batch_run.overhead(str(MODEL_PATH), device="cpu", max_len=64)
-    assert row["overhead"] > -1 and len(row["job_s"]) == len(row["generate_s"]) == 1
-
-
-def test_the_rate_of_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_the_runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(batch_run, "NUM_ROWS", 80)
-    assert batch_run.journal()["rows_per_s"] > 0
+    monkeypatch.setitem(WORKLOADS, "mini", lambda seed: Workload([[1, 2, 3]] * 4, [2] * 4))
+    path = tmp_path / "rows.jsonl"
+    rows = list(batch_run.run(str(MODEL_PATH), "mini", repeats=2, warmups=0, json_path=path, device="cpu", max_len=64))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    journal, overhead = rows
+    assert journal["rows_per_s"] > 0
+    assert "1,024 bytes" in batch_run.table(journal)
+    assert overhead["overhead"] > -1 and len(overhead["job_s"]) == len(overhead["generate_s"]) == 2
+    assert "2 timed" in batch_run.table(overhead)
 
 
 def test_the_figure_of_the_readme_is_the_last_measured_one() -> None:
-    rows = [json.loads(line) for line in batch_run.RESULTS.read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROOT / "bench" / "results" / "batch_run.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["bench"] == "batch_run" and row["workload"] == "mini"][-1]
     assert f"takes {last['overhead']:.1%} longer than `LLM.generate`" in (ROOT / "README.md").read_text()

@@ -62,6 +62,13 @@ def test_latency(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[2] == ((), {**DEFAULTS, "batch": 8, "input_len": 9, "output_len": 7, "overlap": False})
 
 
+def test_batch_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "batch_run", run=[{}, {}], table="overhead 1%")
+    assert invoke("bench", "batch_run", "-m", "demo", "--device", "cpu").stdout == "overhead 1%\noverhead 1%\n"
+    expected = {name: value for name, value in DEFAULTS.items() if name != "baseline"}
+    assert calls[0] == ((), {**expected, "workload": "mini", "model": "demo", "device": "cpu"})
+
+
 def test_kernels(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "kernels", run=None)
     assert invoke("bench", "kernels", "rms_norm", "--device", "cpu", "--plot", "x.png").exit_code == 0
@@ -84,9 +91,10 @@ def test_report(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
-    throughput, latency, kernels = (
-        invoke("bench", command, "--help").output for command in ("throughput", "latency", "kernels")
+    throughput, latency, kernels, batch_run = (
+        invoke("bench", command, "--help").output for command in ("throughput", "latency", "kernels", "batch_run")
     )
+    assert "overhead  median of job / median of generate - 1" in batch_run
     for figure in ("output tokens/s  output tokens / seconds", "seconds          from", "ready_s          seconds"):
         assert figure in throughput
     for figure in ("TTFT  time to first", "ITL   inter-token", "E2E   end to end"):
