@@ -4,6 +4,7 @@ import click
 
 import minisgl
 from minisgl.cli.bench import bench
+from minisgl.cli.eval import evaluate
 from minisgl.cli.info import info
 from minisgl.cli.merge import merge
 from minisgl.cli.run import run
@@ -13,6 +14,7 @@ Examples:
   minisgl run prompts.jsonl                      answer a file with the demo model
   minisgl run prompts.jsonl -m path/to/model     with a Hugging Face checkpoint
   minisgl run --help                             rows, flags and more examples
+  minisgl eval demo                              score the demo model on its own tasks
   minisgl info                                   versions, devices and kernel path
 """
 
@@ -23,5 +25,5 @@ def main() -> None:
     """Run large language models fast, with every kernel written in Triton."""
 
 
-for command in (run, merge, info, bench):
+for command in (run, merge, evaluate, info, bench):
     main.add_command(command)

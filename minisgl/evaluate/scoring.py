@@ -1,0 +1,169 @@
+"""Rows of the modes `choice` and `ppl`: loglikelihoods instead of text, written to the same journal as answers are.
+
+    choice   each option is a continuation of the prompt; the answer is the likeliest one   columns: logprobs
+    ppl      windows of the text, each token scored once   columns: logprob, num_tokens, num_words, num_bytes
+
+Knows the engine's `score` and its tokenizer. Does not know files or which answer is right. A context is prefilled once
+for all of its options, through the prefix cache.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from minisgl.batch_run.answers import Line, format_line
+from minisgl.batch_run.output import Output
+from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
+from minisgl.batch_run.runner import Summary
+from minisgl.errors import MinisglError, RequestError
+from minisgl.evaluate.task import Task
+from minisgl.request import Result, Score, Usage
+
+if TYPE_CHECKING:
+    from minisgl.llm import LLM, Prompt
+
+CHUNK_ROWS = {"choice": 256, "ppl": 16}  # scored at once: what a kill loses
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One row's pairs of prompt and continuation, in the order in which their scores come back."""
+
+    row: Row
+    pairs: "list[tuple[Prompt, Prompt]]"
+
+
+class ScoreRun:
+    """One job of a scoring mode. `summary` is right at any moment."""
+
+    def __init__(
+        self,
+        llm: "LLM",
+        task: Task,
+        output: Output,
+        *,
+        max_errors: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[Summary], None] = lambda summary: None,
+    ):
+        self.llm, self.task, self.output = llm, task, output
+        self.max_errors, self.should_stop, self.on_progress = max_errors, should_stop, on_progress
+        self.summary = Summary()
+
+    def run(self, rows: Iterable[Row | BadRow]) -> Summary:
+        """Score every row. A row's own fault becomes its error row; any other exception ends the run."""
+        rows = iter(rows)
+        while chunk := list(islice(rows, CHUNK_ROWS[self.task.mode])):
+            if self.should_stop():
+                self.summary.stopped = True
+                break
+            lines = list(self._lines(chunk))
+            self.output.append(lines)
+            self.summary.rows += len(lines)
+            self.on_progress(self.summary)
+            if self.max_errors is not None and self.summary.num_errors > self.max_errors:
+                raise MinisglError(
+                    f"{self.summary.num_errors:,} rows failed, more than --max-errors {self.max_errors:,}"
+                )
+        self.summary.ended_s = perf_counter()
+        return self.summary
+
+    def _lines(self, chunk: list[Row | BadRow]) -> Iterator[Line]:
+        asked: list[Asked] = []
+        for row in chunk:
+            if isinstance(row, BadRow):
+                yield self._fail(row.head, row.error)
+                continue
+            try:
+                asked.append(Asked(row, self._pairs(row)))
+            except RequestError as refusal:
+                yield self._fail(row.head, row_error(refusal.type, str(refusal)))
+        pairs = [pair for one in asked for pair in one.pairs]
+        scores = iter(self.llm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]))
+        for one in asked:
+            own = list(islice(scores, len(one.pairs)))
+            failed = next((score.error for score in own if score.error), None)
+            if failed:
+                yield self._fail(one.row.head, row_error(failed.type, str(failed)))
+            else:
+                yield self._line(one.row, own)
+
+    def _line(self, row: Row, scores: Sequence[Score]) -> Line:
+        tokens = sum(score.num_prompt_tokens for score in scores)
+        usage = Usage(tokens, 0, sum(score.cached_tokens for score in scores))
+        self.summary.prompt_tokens += usage.prompt_tokens
+        self.summary.cached_tokens += usage.cached_tokens
+        columns, text = dict(row.head.columns), ""
+        if self.task.mode == "choice":
+            columns["logprobs"] = [score.logprob for score in scores]
+            text = shown(columns["options"][likeliest(columns["logprobs"])])
+        else:
+            text_scored = columns.pop("prompt")
+            columns["logprob"] = sum(score.logprob for score in scores)
+            columns["num_tokens"] = sum(score.num_tokens for score in scores)
+            columns["num_words"] = len(re.split(r"\s+", text_scored))  # as lm-evaluation-harness counts them
+            columns["num_bytes"] = len(text_scored.encode())
+        return format_line(replace(row.head, columns=columns), [Result(text, [], "stop", usage)])
+
+    def _fail(self, head: Head, error: RowError) -> Line:
+        self.summary.errors[error.type] += 1
+        self.summary.first_error = self.summary.first_error or f"{head.place}: {error.message}"
+        return format_line(head, error)
+
+    # -- what is scored --
+
+    def _pairs(self, row: Row) -> "list[tuple[Prompt, Prompt]]":
+        if self.task.mode == "ppl":
+            return self._windows(row)
+        return [self._pair(row, option) for option in row.head.columns["options"]]
+
+    def _pair(self, row: Row, option: str | list[str]) -> "tuple[Prompt, Prompt]":
+        context, answer = ("", option) if isinstance(option, str) else option
+        if row.prompt is not None:
+            return row.prompt + context, self.task.separator + answer
+        encode = self.llm.tokenizer.encode_rendered
+        if row.messages is None:
+            return row.prompt_token_ids or [], encode([self.task.separator + answer])[0]
+        before = self.llm.tokenizer.render(row.messages) + context
+        prompt, whole = encode([before, before + answer])
+        return prompt, whole[len(prompt) :]
+
+    def _windows(self, row: Row) -> "list[tuple[Prompt, Prompt]]":
+        if row.prompt is None:
+            raise RequestError("perplexity is that of a text: the row has messages or token ids", "invalid_row")
+        ids = self.llm.tokenizer.encode_rendered([row.prompt])[0]
+        if not ids:
+            raise RequestError("the text has no tokens", "invalid_prompt")
+        assert self.llm.config.max_len is not None
+        room = self.llm.config.max_len - 1  # a request keeps a place for one answer
+        places = windows(len(ids), min(self.task.window or room, room), self.task.stride)
+        return [(ids[start:scored], ids[scored:end]) for start, scored, end in places]
+
+
+def windows(num_tokens: int, window: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
+    """(start, first scored, end) of windows of at most `window` tokens, which score `stride` tokens each.
+
+    A first token of a text is scored after the model's beginning-of-text token, which takes a place of its window; any
+    other window keeps at least one token before those that it scores.
+    """
+    end = min(num_tokens, window - 1)
+    yield 0, 0, end
+    step = min(stride or window, window - 1)
+    while end < num_tokens:
+        scored, end = end, min(num_tokens, end + step)
+        yield max(0, end - window), scored, end
+
+
+def likeliest(logprobs: Sequence[float], lengths: Sequence[int] | None = None) -> int:
+    """The place of the largest logprob, or of the largest per unit of length; the first of equal ones."""
+    lengths = lengths or [1] * len(logprobs)
+    values = [logprob / max(1, length) for logprob, length in zip(logprobs, lengths, strict=True)]
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def shown(option: str | list[str]) -> str:
+    """An option as an answer: of a pair, what is scored."""
+    return option if isinstance(option, str) else option[-1]
