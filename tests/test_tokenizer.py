@@ -111,3 +111,98 @@ def test_broken_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(MinisglError, match="no tokenizer that transformers can load"):
         Tokenizer(tmp_path)
+
+
+def test_special_tokens_are_shown_on_request(tokenizer):
+    ids = tokenizer.encode("a <|im_end|>")
+    assert tokenizer.decode(ids) == "a "
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a <|im_end|>"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+RICH_TEMPLATE = """{% if tools %}[{{ tools | tojson }}]{% endif %}
+{%- for message in messages %}<{{ message.role }}>{{ message.content }}
+{%- for call in message.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments.x }}){% endfor %}</>
+{%- endfor %}
+{%- if add_generation_prompt %}<assistant>
+{%- if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}{% endif %}
+{%- generation %}{% endgeneration %}"""
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rich")
+    make_tokenizer(folder, chat_template=RICH_TEMPLATE)
+    return Tokenizer(folder)
+
+
+USER = {"role": "user", "content": "Hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 7}'}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+def test_tools_and_calls_reach_the_template(rich):
+    messages = [USER, CALLING, {"role": "tool", "tool_call_id": "1", "content": "8"}]
+    text = rich.render(messages, [TOOL])
+    assert text == f"[[{json.dumps(TOOL)}]]<user>Hi</><assistant>f(7)</><tool>8</><assistant>"
+    assert rich.apply_chat_template(messages, [TOOL]) == rich.encode(text)
+    assert rich.render([USER], []) == rich.render([USER], None) == "<user>Hi</><assistant>"
+
+
+def test_template_kwargs(rich):
+    assert rich.render([USER], template_kwargs={"enable_thinking": False}).endswith("<assistant><think></think>")
+    assert rich.render([USER], template_kwargs={"enable_thinking": None}).endswith("<assistant>")
+    assert rich.render([USER], template_kwargs={"add_generation_prompt": False}) == "<user>Hi</>"
+    begun = [USER, {"role": "assistant", "content": "Well"}]
+    assert rich.render(begun, template_kwargs={"continue_final_message": True}) == "<user>Hi</><assistant>Well"
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        (
+            {"enable_thinkin": True},
+            "unknown chat template argument 'enable_thinkin'; this model's template takes: add_gen",
+        ),
+        ({"messages": []}, "unknown chat template argument 'messages'"),
+        ({"chat_template": "x"}, "unknown chat template argument 'chat_template'"),
+        ({"thinking": True}, "does not read thinking; it takes: add_generation_prompt, .*, enable_thinking$"),
+        ({"enable_thinking": "false"}, "enable_thinking must be true or false, not 'false'"),
+        ({"enable_thinking": 0}, "enable_thinking must be true or false, not 0"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "exclude each other"),
+        ({"continue_final_message": True}, "needs the assistant's message as the last one, not the user's"),
+        (["enable_thinking"], "must be an object"),
+    ],
+)
+def test_bad_template_kwargs(rich, kwargs, message):
+    with pytest.raises(RequestError, match=message):
+        rich.render([USER], template_kwargs=kwargs)
+
+
+def test_other_template_kwargs(tmp_path):
+    make_tokenizer(tmp_path, chat_template="{{ thinking_budget }} {{ documents | length }} {{ date_string }}")
+    tokenizer = Tokenizer(tmp_path)
+    kwargs = {"thinking_budget": 7, "documents": [{"title": "a", "text": "b"}], "date_string": "26 Jul 2024"}
+    assert tokenizer.render([USER], template_kwargs=kwargs) == "7 1 26 Jul 2024"
+    for bad in ({"thinking_budget": True}, {"documents": ["x"]}, {"date_string": 26}):
+        with pytest.raises(RequestError, match=f"{next(iter(bad))} must be"):
+            tokenizer.render([USER], template_kwargs=bad)
+
+
+def test_a_template_without_tools_refuses_them(tokenizer):
+    with pytest.raises(RequestError, match="no place for tools"):
+        tokenizer.render([USER], [TOOL])
+
+
+def test_a_template_may_want_arguments_as_text(tmp_path):
+    """As DeepSeek-R1's does."""
+    make_tokenizer(tmp_path, chat_template="{{ '>' + messages[0].tool_calls[0].function.arguments }}")
+    assert Tokenizer(tmp_path).render([CALLING]) == '>{"x": 7}'
+
+
+def test_several_templates(tmp_path):
+    make_tokenizer(tmp_path, chat_template={"default": "plain", "tool_use": "{{ tools | length }}"})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.render([USER]) == "plain"
+    assert tokenizer.render([USER], [TOOL]) == "1"
+    assert "plain" in tokenizer.chat_template and "tools" in tokenizer.chat_template
