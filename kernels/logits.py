@@ -312,9 +312,9 @@ def edit_logits(
     real = ("repetition", "presence", "frequency", "biases")
     for field in fields(edits):
         name, x = field.name, getattr(edits, field.name)
-        shape = (num_rows, num_biases) if "bias" in name else (num_rows,)
-        shape = (num_rows, num_bans, ban_tokens) if name == "bans" else shape
-        check(x.shape == shape, f"{name}: expected {list(shape)}, got {list(x.shape)}")
+        shape = [num_rows, num_biases] if "bias" in name else [num_rows]
+        shape = [num_rows, num_bans, ban_tokens] if name == "bans" else shape
+        check(list(x.shape) == shape, f"{name}: expected {shape}, got {list(x.shape)}")
         check(x.is_contiguous(), f"{name}: must be contiguous")
         check_same(name, x, device=logits.device, dtype=torch.float32 if name in real else torch.int32)
     check((masks is None) == (mask_of is None), "mask_of: comes with masks, or neither is given")

@@ -15,17 +15,30 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from minisgl.errors import MinisglError
-    from minisgl.llm import LLM
-    from minisgl.request import Result, SamplingParams, Usage
+    from minisgl.llm import LLM, Delta
+    from minisgl.request import Result, SamplingParams, Score, TokenLogprobs, Usage
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "MinisglError", "Result", "SamplingParams", "Usage", "__version__"]
+__all__ = [
+    "LLM",
+    "Delta",
+    "MinisglError",
+    "Result",
+    "SamplingParams",
+    "Score",
+    "TokenLogprobs",
+    "Usage",
+    "__version__",
+]
 
 _HOME = {
+    "Delta": "minisgl.llm",
     "LLM": "minisgl.llm",
     "MinisglError": "minisgl.errors",
     "Result": "minisgl.request",
     "SamplingParams": "minisgl.request",
+    "Score": "minisgl.request",
+    "TokenLogprobs": "minisgl.request",
     "Usage": "minisgl.request",
 }
 

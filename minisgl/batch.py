@@ -18,6 +18,16 @@ from minisgl.kernels.attention_cascade import CascadeTiles
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Prompt tokens whose logprobs are asked for; int32. Places are among the tokens of `Batch.sample_index`."""
+
+    sampled: torch.Tensor  # [N] places of the tokens that are sampled
+    places: torch.Tensor  # [scored] places of the tokens that precede the scored ones
+    ids: torch.Tensor  # [scored] the scored tokens
+    num_top: int  # likeliest tokens that are asked for beside each
+
+
+@dataclass(frozen=True)
 class Batch:
     """The tensors of one forward pass; int32 on the model's device unless said."""
 
@@ -30,11 +40,12 @@ class Batch:
     max_decode_len: int  # bound on kv_lens[:B], known on the host
     cu_seqlens: torch.Tensor  # [S - B + 1] offsets of the chunks' tokens, counted from token B; starts with 0
     tiles: torch.Tensor  # [num_tiles, 2] (chunk, query block) of each prefill attention tile
-    sample_index: torch.Tensor  # [N] packed token whose logits are sampled
+    sample_index: torch.Tensor  # [N] packed tokens whose logits are sampled; with `scored`, all that leave the model
     sample_rows: torch.Tensor  # [N] row of each sample
     sample_positions: torch.Tensor  # [N] place of the sampled token in its text
     page_table: torch.Tensor  # [R, M] page ids of each row
     cascade: CascadeTiles | None = None  # decoding sequences that attend to a shared prefix together
+    scored: Scored | None = None
 
 
 @dataclass(frozen=True)

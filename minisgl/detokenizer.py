@@ -42,6 +42,7 @@ class Detokenizer:
         self._emitted = 0  # characters of the window's text that are out
         self._held = ""  # of those, what may be the beginning of a stop string
         self.stopped = False
+        self.checks_stop = True  # False: text that comes now may hold a stop string
 
     def push(self, ids: Sequence[int]) -> str:
         """Add the next output ids; returns the new text that later ids cannot change (often "")."""
@@ -79,7 +80,7 @@ class Detokenizer:
 
     def _until_stop(self, new: str) -> str:
         """`new` behind what was held back, up to a stop string or to what may become one."""
-        if not self._stop or not new:
+        if not self._stop or not self.checks_stop or not new:
             return new
         text = self._held + new
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]

@@ -1,6 +1,6 @@
-"""One device: model, KV pages and row table; `run(step)` gives the sampled ids.
+"""One device: model, KV pages and row table; `forward(step)` launches a step, whose results `StepResults` brings.
 
-    Step -> RowTable.load -> Batch -> Decoder.forward -> logits -> sample -> ids, and back into the row table
+    Step -> RowTable.load -> Batch -> Decoder.forward -> logits -> (edits, masks) -> sample -> ids -> row table
 
 Knows tensors and memory. Does not know scheduling, text or files.
 """
@@ -12,23 +12,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from minisgl.batch import Batch, KVCache
+from minisgl.batch import Batch, KVCache, Scored
 from minisgl.cascade import CascadePlanner, packed_length
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
-from minisgl.graphs import DecodeGraphs
+from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
+from minisgl.graphs import DecodeGraphs, Key, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
 from minisgl.kernels.attention_prefill import query_block
 from minisgl.kernels.launch import use_triton
+from minisgl.kernels.logits import edit_logits
+from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import sample
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.request import Request, SamplingParams
 from minisgl.rows import RowTable
 from minisgl.scheduler import Chunk, Step
+from minisgl.upload import Ints, upload
 from minisgl.weights import load_weights
 
 log = logging.getLogger("minisgl")
@@ -37,28 +40,10 @@ log = logging.getLogger("minisgl")
 CPU_KV_BYTES = 2 << 30
 # Left free on a GPU beside what the profile run saw: the driver's own allocations, and fragmentation.
 GPU_RESERVE_BYTES = 512 << 20
+# Scored prompt tokens whose logits exist at once: 78 MB of Qwen3's vocabulary in bf16.
+SCORED_TOKENS = 256
 # Each takes a core while it compiles, and afterwards a workspace of cuBLAS: 32 MB on an H200.
 COMPILE_THREADS = 6
-
-
-class PendingIds:
-    """Sampled ids on their way to the host."""
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._host = ids
-        if ids.is_cuda:
-            self._host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
-            self._host.copy_(ids, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def wait_ids(self) -> npt.NDArray[np.int32]:
-        """The ids  # [N]. This is the one place where the host waits for the device."""
-        if self._event is not None:
-            self._event.synchronize()
-        ids: npt.NDArray[np.int32] = self._host.numpy()
-        return ids
 
 
 class Engine:
@@ -82,6 +67,9 @@ class Engine:
             load_weights(self.model, folder, config.load_format, config.seed)
             block = query_block(model_config.head_dim, self.device, self.dtype)
             self.rows = RowTable(config.max_running, max_len, config.page_size, block, self.device)
+            # All zeros between steps; see `kernels.logits`.
+            counts = (padded_size(config.max_running), model_config.vocab_size)
+            self._counts = torch.zeros(counts, dtype=torch.int32, device=self.device)
             if self.device.type == "cuda":
                 self._compile_kernels(config)
             num_pages = config.num_pages or self._profile_pages(config, allocated_before)
@@ -111,7 +99,7 @@ class Engine:
     def close(self) -> None:
         """Give the device's memory back."""
         if not self.closed:
-            del self.model, self.kv, self.rows, self.graphs
+            del self.model, self.kv, self.rows, self.graphs, self._counts
             self.empty_cache()
 
     def empty_cache(self) -> None:
@@ -120,27 +108,74 @@ class Engine:
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def run(self, step: Step) -> PendingIds:
-        """Run one step; its ids come in the order of `step.sampled`."""
-        ids = self.graphs.run(step) if self.graphs else None
-        return PendingIds(self._run(self.rows.load(step), self.kv) if ids is None else ids)
+    def forward(self, step: Step, *, masked: bool = False) -> Forward:
+        """Launch the forward pass of a step, and its sampling unless it waits for masks."""
+        wanted = Wanted.of(step)
+        if self.graphs and (captured := self.graphs.run(step, wanted, masked)):
+            return captured
+        longest = max((request.length for request in step.sampled), default=0)
+        return self._run(self.rows.load(step), self.kv, wanted, longest, masked)
 
-    def _run(self, batch: Batch, kv: KVCache) -> torch.Tensor:
-        logits = self.model.forward(batch, kv)
-        rows = self.rows
-        if not len(logits):
-            return batch.sample_rows
-        return sample(
-            logits,
-            batch.sample_rows,
-            batch.sample_positions,
-            rows.temperature,
-            rows.top_k,
-            rows.top_p,
-            rows.min_p,
-            rows.seed,
-            tokens=rows.tokens,
-        )
+    @torch.inference_mode()
+    def sample(self, forward: Forward, masks: Ints, mask_of: Ints) -> Forward:
+        """Sample a step that waited for masks  # [M, W] of allowed ids; mask_of  # [N], -1: none. See
+        `kernels.logits`."""
+        on_device = upload(self.device, masks=masks.ravel(), mask_of=mask_of)
+        return self._sample(forward, on_device["masks"].view(masks.shape), on_device["mask_of"])
+
+    def _run(
+        self, batch: Batch, kv: KVCache, wanted: Wanted = NOTHING_MORE, longest: int = 0, masked: bool = False
+    ) -> Forward:
+        """The forward pass, and the sampling unless it waits for masks; no sampled position is above `longest`."""
+        scored = None
+        if batch.scored is None:
+            logits = self.model.forward(batch, kv)
+        else:
+            hidden = self.model.hidden(batch, kv)
+            logits = self.model.logits(hidden[batch.scored.sampled])
+            scored = self._score(hidden, batch.scored)
+        made = Forward(wanted, longest, batch.sample_rows, batch.sample_positions, logits=logits, scored=scored)
+        return made if masked else self._sample(made)
+
+    def _score(self, hidden: torch.Tensor, scored: Scored) -> Logprobs:
+        """Logprobs of prompt tokens, a few at a time: memory does not grow with the prompt."""
+        parts = [
+            logprobs(self.model.logits(hidden[places]), ids, scored.num_top)
+            for places, ids in zip(scored.places.split(SCORED_TOKENS), scored.ids.split(SCORED_TOKENS), strict=True)
+        ]
+        return Logprobs(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def _sample(self, made: Forward, masks: torch.Tensor | None = None, mask_of: torch.Tensor | None = None) -> Forward:
+        rows, logits = self.rows, made.logits
+        assert logits is not None
+        ids, of_ids = made.rows, None
+        if len(logits):
+            if made.wanted.edits or masks is not None:
+                self._edit(logits, made, masks, mask_of)
+            ids = sample(
+                logits,
+                made.rows,
+                made.positions,
+                rows.temperature,
+                rows.top_k,
+                rows.top_p,
+                rows.min_p,
+                rows.seed,
+                tokens=rows.tokens,
+            )
+            if made.wanted.num_top is not None:
+                of_ids = Logprobs(*logprobs(logits, ids, made.wanted.num_top))
+        return replace(made, logits=None, ids=ids, logprobs=of_ids)
+
+    def _edit(
+        self, logits: torch.Tensor, made: Forward, masks: torch.Tensor | None, mask_of: torch.Tensor | None
+    ) -> None:
+        tables, tokens = self.rows.edits.tables, self.rows.tokens
+        try:
+            edit_logits(logits, made.rows, made.positions, tokens, made.longest, tables, self._counts, masks, mask_of)
+        except BaseException:
+            self._counts.zero_()  # between its two launches they are not
+            raise
 
     def cascade_planner(self) -> CascadePlanner | None:
         """What plans the decodes that attend to a shared prefix together; None where none do."""
@@ -156,7 +191,11 @@ class Engine:
     def _new_graphs(self) -> DecodeGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
             return None
-        return DecodeGraphs(self.rows, lambda batch: self._run(batch, self.kv), self.config.max_graph_batch)
+
+        def run(batch: Batch, key: Key) -> Forward:
+            return self._run(batch, self.kv, key.wanted, key.bound, key.masked)
+
+        return DecodeGraphs(self.rows, run, self.config.max_graph_batch)
 
     # -- memory --
 
@@ -200,7 +239,7 @@ class Engine:
         chunks = [Chunk(request, 0, each, 0, samples=True) for request in requests]
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._run(rows.load(Step(chunks=chunks, new_rows=requests, page_updates=pages)), kv)
+        self._run(rows.load(Step(chunks=chunks, new_rows=requests, page_updates=pages)), kv, EVERYTHING, each)
         decode = rows.load(Step(decodes=requests))
         # Split-KV decode takes its largest workspace at the longest context.
         self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
@@ -240,8 +279,16 @@ class Engine:
         def run(batch: Batch) -> None:
             self._run(batch, kv)
 
+        @torch.inference_mode()
+        def run_edits(batch: Batch) -> None:
+            self._run(batch, kv, EVERYTHING, max_len)
+            masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
+            self.sample(self._run(batch, kv, masked=True), masks, np.full(1, -1, np.int32))
+
         with ThreadPoolExecutor(COMPILE_THREADS) as pool:
-            list(pool.map(run, batches))
+            jobs = [pool.submit(run_edits, batches[1]), *(pool.submit(run, batch) for batch in batches)]
+            for job in jobs:
+                job.result()
         rows.reset()
 
     def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:

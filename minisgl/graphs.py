@@ -18,9 +18,11 @@ import torch
 
 from minisgl.batch import Batch
 from minisgl.cascade import CascadePlan, packed_length
+from minisgl.forward import Forward, Wanted
 from minisgl.kernels.attention_cascade import CascadeTiles
-from minisgl.rows import RowTable, ints
+from minisgl.rows import RowTable
 from minisgl.scheduler import Step
+from minisgl.upload import ints
 
 log = logging.getLogger("minisgl")
 
@@ -31,18 +33,25 @@ BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, *range(32, 256, 32), *range(256, 512, 64)
 CONTEXT_BOUNDS = (1024, 8192, 32768, 131072, 1 << 30)
 
 
+def padded_size(batch: int) -> int:
+    """The size of the graph that holds a batch."""
+    return BATCH_SIZES[bisect_left(BATCH_SIZES, batch)] if batch <= BATCH_SIZES[-1] else batch
+
+
 class Key(NamedTuple):
     """What a graph is made for."""
 
     size: int  # of the batch, padding included
     bound: int  # on the rows' lengths
     tile_members: int  # of the tiles of a shared prefix; 0: no row shares one
+    wanted: Wanted
+    masked: bool  # ends with logits, which are sampled once the masks are there
 
 
 class DecodeGraphs:
-    """Decode steps of up to `max_batch` rows; `forward` runs a batch and returns its sampled ids  # [B] int32."""
+    """Decode steps of up to `max_batch` rows; `forward` runs a batch as a key says."""
 
-    def __init__(self, rows: RowTable, forward: Callable[[Batch], torch.Tensor], max_batch: int) -> None:
+    def __init__(self, rows: RowTable, forward: Callable[[Batch, Key], Forward], max_batch: int) -> None:
         self.rows = rows
         self.max_batch = max_batch
         self._forward = forward
@@ -52,19 +61,21 @@ class DecodeGraphs:
         self._cascade_in = torch.zeros(4 * BATCH_SIZES[-1], dtype=torch.int32, device=rows.device)
         self._loaded_rows: list[int | None] = []
         self._loaded_cascade: tuple[int, CascadePlan | None] = 0, None
-        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Forward]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, step: Step) -> torch.Tensor | None:
-        """Replay a decode step; its ids  # [B] are valid until the next replay. None if no graph can hold it."""
+    def run(self, step: Step, wanted: Wanted, masked: bool) -> Forward | None:
+        """Replay a decode step; what it made is valid until the next replay. None if no graph can hold it."""
         batch = len(step.decodes)
         if step.chunks or batch > self.max_batch:
             return None
         longest = max(request.length for request in step.decodes)
         key = Key(
-            size=BATCH_SIZES[bisect_left(BATCH_SIZES, batch)],
+            size=padded_size(batch),
             bound=min(CONTEXT_BOUNDS[bisect_left(CONTEXT_BOUNDS, longest)], self._max_len),
             tile_members=step.cascade.tile_members if step.cascade else 0,
+            wanted=wanted,
+            masked=masked,
         )
         if key not in self._graphs and not self._capture(key):
             return None
@@ -78,9 +89,9 @@ class DecodeGraphs:
             packed = step.cascade.packed(key.size)
             changed.append((self._cascade_in[: len(packed)], packed))
         self.rows.load_decode(step, changed)
-        graph, ids = self._graphs[key]
+        graph, made = self._graphs[key]
         graph.replay()
-        return ids[:batch]
+        return made.first(batch)
 
     def _capture(self, key: Key) -> bool:
         """Make the graph of a key; without memory for it, go on without graphs of its size and above."""
@@ -91,13 +102,13 @@ class DecodeGraphs:
             cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
         self._loaded_rows, self._loaded_cascade = [], (0, None)
         try:
-            self._forward(self.rows.decode_batch(inputs, key.bound, cascade))
+            self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                ids = self._forward(self.rows.decode_batch(inputs, key.bound, cascade))
+                made = self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)
         except torch.OutOfMemoryError:
             self.max_batch = key.size - 1
             log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
             return False
-        self._graphs[key] = graph, ids
+        self._graphs[key] = graph, made
         return True

@@ -3,57 +3,89 @@
     with LLM("path/to/model") as llm:
         results = llm.generate(["Hello", "Good morning"], SamplingParams(temperature=0))
 
-A step is: schedule -> run -> wait for its ids -> complete -> retire what ended. With overlap the next step is scheduled
-and launched before the wait, so that the device never waits for the host.
-
-Knows every part by its interface. Holds no policy, no tensors and no file formats.
+Knows text: tokenizer, chat template, stop strings, streams. What runs when, and how, is `EngineCore`'s.
 """
 
-import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from tqdm import tqdm
 
 from minisgl.config import EngineConfig
 from minisgl.detokenizer import Detokenizer
-from minisgl.engine import Engine, PendingIds
+from minisgl.engine_core import EngineCore
 from minisgl.errors import MinisglError, RequestError
+from minisgl.messages import Messages
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
-from minisgl.page_pool import PagePool
-from minisgl.planner import plan_order
-from minisgl.radix_cache import RadixCache
-from minisgl.request import Request, Result, SamplingParams, Usage
-from minisgl.resolve import resolve
-from minisgl.scheduler import Scheduler, Step
-from minisgl.tokenizer import Messages, Tokenizer
+from minisgl.request import (
+    CHOICE_STRIDE,
+    MAX_BAN_TOKENS,
+    Request,
+    Result,
+    SamplingParams,
+    Score,
+    TokenLogprobs,
+    Usage,
+)
+from minisgl.tokenizer import Tokenizer, Tools
 from minisgl.weights import resolve_model
-
-log = logging.getLogger("minisgl")
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
-DEFAULTS = SamplingParams(max_tokens=1024, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, ignore_eos=False)
+
+@dataclass(frozen=True)
+class Delta:
+    """What a streamed request has got since the last one; `result` is the whole answer, with the last delta."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    result: Result | None = None
 
 
-@dataclass
-class InFlight:
-    """A step whose results are not handled yet."""
+class Output:
+    """The text of a request while it runs."""
 
-    step: Step
-    pending: PendingIds | None = None  # None while it is being launched
+    def __init__(self, request: Request, tokenizer: Tokenizer, streamed: bool) -> None:
+        params = request.params
+        self._request = request
+        self._detokenizer = Detokenizer(
+            tokenizer,
+            params.stop,
+            skip_special_tokens=params.skip_special_tokens is not False,
+            include_stop_str=params.include_stop_str is True,
+        )
+        self._pieces: list[str] = []
+        self._num_seen = 0  # output tokens
+        self.deltas: deque[Delta] | None = deque() if streamed else None
 
-    def wait_ids(self) -> npt.NDArray[np.int32]:
-        assert self.pending is not None
-        return self.pending.wait_ids()
+    def update(self) -> bool:
+        """Take in the tokens that the request has got; True when a stop string ends it."""
+        request = self._request
+        new = request.output_ids[self._num_seen :]
+        text = ""
+        for token in new:
+            self._num_seen += 1
+            self._detokenizer.checks_stop = self._num_seen > (request.params.min_tokens or 0)
+            if token not in request.stop_ids:
+                text += self._detokenizer.push([token])
+        self._pieces.append(text)
+        if self.deltas is not None and new:
+            logprobs = None if request.params.logprobs is None else request.logprobs[-len(new) :]
+            self.deltas.append(Delta(text, new, logprobs))
+        return self._detokenizer.stopped
+
+    def finish(self) -> tuple[str, str]:
+        """(the whole text, what no delta has of it yet)."""
+        rest = self._detokenizer.finish()
+        return "".join([*self._pieces, rest]), rest
 
 
 class LLM:
@@ -74,18 +106,10 @@ class LLM:
         # Token ids in and out need no tokenizer; text does, and `tokenizer` then says that there is none.
         self._tokenizer = Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
         eos_id = self._tokenizer.eos_id if self._tokenizer else None
-        model_defaults = generation_defaults(folder, self.model_config, eos_id)
-        self._eos_ids = model_defaults.eos_ids
-        self._default_params = DEFAULTS.merge(vars(model_defaults.sampling))
-        self.engine = Engine(resolve(asked, self.model_config), self.model_config, folder)
-        self.config = self.engine.config
-        cache = RadixCache(self.config.page_size, self.config.evict) if self.config.cache == "radix" else None
-        pool = PagePool(self.engine.num_pages, self.config.page_size)
-        self.scheduler = Scheduler(
-            pool, cache, self.config.max_running, self.config.max_step_tokens, self.engine.cascade_planner()
-        )
-        self._in_flight: deque[InFlight] = deque()  # oldest first
-        self._stopping: dict[Request, tuple[Detokenizer, list[str]]] = {}  # requests with stop strings, and their text
+        self.core = EngineCore(asked, self.model_config, folder, generation_defaults(folder, self.model_config, eos_id))
+        self.config = self.core.config
+        # Requests whose text is made while they run: for stop strings, or for a stream.
+        self._outputs: dict[Request, Output] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -104,30 +128,75 @@ class LLM:
         `params` is one for all, or one each. A prompt that cannot be served gets a result whose `error` says why; the
         others are answered. `progress` shows a bar on stderr.
         """
-        if not isinstance(prompts, (Sequence, np.ndarray)):
-            raise MinisglError(f"prompts must be a string, a list of token ids or a list of these, not {prompts!r}")
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
-        batch = cast("Sequence[Prompt]", [prompts] if one else prompts)
-        return self._answer([_attempt(self._encode, prompt) for prompt in batch], params, progress)
+        return self._answer([_attempt(self._encode, prompt) for prompt in _batch_of(prompts)], params, progress)
 
     def chat(
-        self, conversations: Messages | Sequence[Messages], params: Params = None, *, progress: bool = False
+        self,
+        conversations: Messages | Sequence[Messages],
+        params: Params = None,
+        *,
+        tools: Tools | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
     ) -> list[Result]:
-        """Answer one or many conversations, each a list of {"role": ..., "content": ...}, as `generate` does."""
+        """Answer one or many conversations, each a list of {"role": ..., "content": ...}, as `generate` does. `tools`
+        and `template_kwargs` (such as {"enable_thinking": False}) go to the chat template."""
         one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         batch = cast("Sequence[Messages]", [conversations] if one else conversations)
-        template = self.tokenizer.apply_chat_template
+        template = partial(self.tokenizer.apply_chat_template, tools=tools, template_kwargs=template_kwargs)
         return self._answer([_attempt(template, messages) for messages in batch], params, progress)
+
+    def score(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, progress: bool = False
+    ) -> list[Score]:
+        """The natural logprob of each continuation behind its prompt, in their order.
+
+        Both are strings, or both lists of token ids. The tokens of strings are those of the joined text behind the
+        prompt's; spaces at the prompt's end count to the continuation, as in lm-evaluation-harness. An empty prompt
+        stands for the end-of-text token. Prompts that share a prefix compute it once.
+        """
+        if len(prompts) != len(continuations):
+            raise MinisglError(f"there are {len(prompts)} prompts and {len(continuations)} continuations: give pairs")
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        made = [
+            _attempt(self._scored_request, index, *pair, params)
+            for index, pair in enumerate(zip(prompts, continuations, strict=True))
+        ]
+        return [_score(result) for result in self._run(made, progress)]
+
+    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer one prompt or conversation piece by piece. Ending the iteration early aborts the request. Raises
+        RequestError for a prompt that cannot be served."""
+        params = params or SamplingParams()
+        if (params.n or 1) > 1:
+            raise RequestError("a stream has one answer: leave n out, and make several streams")
+        if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            ids: Sequence[int] = self.tokenizer.apply_chat_template(cast("Messages", prompt))
+        else:
+            ids = self._encode(cast("Prompt", prompt))
+        request = self.new_request(ids, params, index=0)
+        self.submit([request], streamed=True)
+        output = self._outputs[request]
+        assert output.deltas is not None
+        try:
+            while True:
+                while not output.deltas:
+                    self.step()
+                delta = output.deltas.popleft()
+                yield delta
+                if delta.result:
+                    return
+        finally:
+            self.abort(request)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix that no running request uses."""
-        if self.scheduler.cache:
-            self.scheduler.pool.free(self.scheduler.cache.clear())
+        self.core.reset_prefix_cache()
 
     def close(self) -> None:
         """Give the device's memory back. The LLM cannot be used afterwards."""
-        self._abort_all()
-        self.engine.close()
+        self._outputs.clear()
+        self.core.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -135,113 +204,59 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # -- step by step: what a runner or a server drives --
+    # -- step by step: what a runner drives --
 
     @property
     def num_unfinished(self) -> int:
         """Requests that wait or run."""
-        return self.scheduler.num_unfinished
+        return self.core.num_unfinished
 
-    def new_request(self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int) -> Request:
-        """Check a prompt and fill in the parameters that it leaves open; RequestError says what is wrong.
+    def new_request(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int, scored_from: int | None = None
+    ) -> Request:
+        """A request for `submit`; RequestError says what is wrong with it. See `EngineCore.new_request`."""
+        if self._tokenizer is None and (params.stop or params.bad_words):
+            name = "stop strings" if params.stop else "bad_words"
+            raise RequestError(f"{name} need a tokenizer, and the model's folder has none", "invalid_parameter")
+        if params.truncate_prompt_tokens:
+            prompt_ids = prompt_ids[-params.truncate_prompt_tokens :]
+        bans = [ban for word in params.bad_words for ban in self._spellings(word)]
+        return self.core.new_request(prompt_ids, params, index=index, scored_from=scored_from, bans=bans)
 
-        `index` identifies the request for the caller. Where `params` has no seed, one is drawn from it and the engine's
-        seed, so that equal prompts differ and the same job gives the same text again.
-        """
-        vocab_size, max_len = self.model_config.vocab_size, self.engine.max_len
-        if not len(prompt_ids):
-            raise RequestError("the prompt has no tokens: give it at least one", "invalid_prompt")
-        try:
-            ids = np.asarray(prompt_ids)
-        except ValueError:  # nested lists of different lengths
-            ids = np.empty((0, 0))
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
-        for extreme in (ids.min(), ids.max()):
-            if not 0 <= extreme < vocab_size:
-                raise RequestError(
-                    f"token id {extreme} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
-                )
-        if len(ids) >= max_len:
-            remedy = "shorten it"
-            if max_len < self.model_config.max_position_embeddings:
-                remedy += ", or raise --max-len (and, where KV memory is the limit, --memory-fraction or --num-pages)"
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, and the context of {max_len:,} must hold it and the output: "
-                f"{remedy}",
-                "prompt_too_long",
-            )
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and the model's folder has none", "invalid_parameter")
-        full = self._default_params.merge(vars(params))
-        if full.seed is None:
-            full = replace(full, seed=_mix(self.config.seed, index))
-        assert full.max_tokens is not None
-        return Request(index, ids, full, min(len(ids) + full.max_tokens, max_len), self._eos_ids)
-
-    def submit(self, requests: list[Request]) -> None:
+    def submit(self, requests: list[Request], *, streamed: bool = False) -> None:
         """Queue a burst, ordered so that shared prefixes are neighbours."""
-        if self.engine.closed:
-            raise MinisglError("this LLM is closed: make a new one")
-        for request in plan_order(requests, self.config.page_size, self.engine.device):
-            self.scheduler.add(request)
-            if request.params.stop:
-                self._stopping[request] = Detokenizer(self.tokenizer, request.params.stop), []
+        self.core.submit(requests)
+        for request in requests:
+            if streamed or request.params.stop:
+                self._outputs[request] = Output(request, self.tokenizer, streamed)
 
     def step(self) -> list[tuple[Request, Result]]:
-        """Launch one forward pass and handle the results of the one before it (with `overlap`; else of the same one);
-        returns the requests that ended. When this raises, no result is lost: all requests are queued again. A step that
-        does not fit into the device's memory is such a failure, and makes later steps smaller instead of raising."""
-        try:
-            return self._step()
-        except BaseException as error:
-            while self._in_flight:
-                self.scheduler.roll_back(self._in_flight.pop().step)
-            if not isinstance(error, torch.OutOfMemoryError):
-                raise
-            if not self.scheduler.halve_steps():
-                raise MinisglError(
-                    f"{self.engine.device} has too little memory left for the smallest step: free it of other programs,"
-                    " or lower --memory-fraction, --num-pages or --max-running"
-                ) from error
-            self.engine.empty_cache()
-            log.warning(
-                "%s is out of memory: steps have at most %d tokens from now on; --max-step-tokens makes them so from "
-                "the start",
-                self.engine.device,
-                self.scheduler.max_step_tokens,
-            )
-            return []
-
-    def _step(self) -> list[tuple[Request, Result]]:
-        step = self.scheduler.schedule()
-        if step.num_tokens:
-            launched = InFlight(step)
-            self._in_flight.append(launched)
-            launched.pending = self.engine.run(step)
+        """Run a step of `EngineCore`; returns the requests that ended. Streamed ones are answered by their streams."""
         ended = []
-        while len(self._in_flight) > (1 if step.num_tokens and self.config.overlap else 0):
-            ids = self._in_flight[0].wait_ids()
-            ended += self._finish(self._in_flight.popleft().step, ids)
+        for request in self.core.step():
+            output = self._outputs.get(request)
+            if output and output.update() and request.finish_reason != "error":
+                request.finish_reason = "stop"
+                self.core.abort(request)  # no more than the first to end it counts
+            if request.finish_reason:
+                result = self._result(request)
+                if output is None or output.deltas is None:
+                    ended.append((request, result))
         return ended
+
+    def abort(self, request: Request) -> None:
+        """End a request now; its pages are free for others. It gets no result."""
+        self._outputs.pop(request, None)
+        self.core.abort(request)
 
     def drop_waiting(self) -> list[Request]:
         """Take back the requests that wait, and return them; those that run go on."""
-        dropped = list(self.scheduler.waiting)
+        dropped = self.core.drop_waiting()
         for request in dropped:
-            self.scheduler.retire(request)
-            self._stopping.pop(request, None)
+            self._outputs.pop(request, None)
         return dropped
 
-    def _finish(self, step: Step, ids: npt.NDArray[np.int32]) -> list[tuple[Request, Result]]:
-        """Hand out a step's ids and retire the requests that end with them."""
-        ended = []
-        for request in self.scheduler.complete(step, ids):
-            self._check_stop_strings(request)
-            if request.finish_reason:
-                self.scheduler.retire(request)
-                ended.append((request, self._result(request)))
-        return ended
+    # -- prompts and answers --
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str):
@@ -249,6 +264,35 @@ class LLM:
         if not isinstance(prompt, (Sequence, np.ndarray)):
             raise RequestError(f"a prompt must be a string or a list of token ids, not {prompt!r}", "invalid_prompt")
         return cast("Sequence[int]", prompt)
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        """The token ids of a bad word, at the start of a word and behind a space."""
+        spellings = []
+        for text in dict.fromkeys((word, " " + word.lstrip())):
+            [ids] = self.tokenizer.encode_rendered([text])
+            if len(ids) > MAX_BAN_TOKENS:
+                raise RequestError(f"bad_words: {word!r} has {len(ids)} tokens; at most {MAX_BAN_TOKENS} are allowed")
+            spellings.append(ids)
+        return spellings
+
+    def _scored_request(self, index: int, prompt: Prompt, continuation: Prompt, params: SamplingParams) -> Request:
+        """A request whose prompt is both, and whose scores begin where the continuation does."""
+        if isinstance(prompt, str) != isinstance(continuation, str):
+            raise RequestError("a prompt and its continuation must both be strings, or both token ids")
+        if isinstance(prompt, str) and isinstance(continuation, str):
+            bare = prompt.rstrip()
+            before, whole = self.tokenizer.encode_batch([bare, prompt + continuation])
+            if not bare:
+                before, whole = [], self.tokenizer.encode_rendered([prompt + continuation])[0]
+        else:
+            before = list(cast("Sequence[int]", prompt))
+            whole = before + list(cast("Sequence[int]", continuation))
+        if not before:
+            before = (self.tokenizer.encode("") if self._tokenizer else []) or sorted(self.core.eos_ids)[:1]
+            whole = before + whole
+        if len(whole) <= len(before):
+            raise RequestError("the continuation has no tokens: give it at least one", "invalid_prompt")
+        return self.new_request(whole, params, index=index, scored_from=len(before))
 
     def _answer(self, prompts: Sequence[Sequence[int] | RequestError], params: Params, progress: bool) -> list[Result]:
         if isinstance(params, Sequence) and len(params) != len(prompts):
@@ -259,49 +303,88 @@ class LLM:
         wrong = next((one for one in each if not isinstance(one, SamplingParams)), None)
         if wrong is not None:
             raise MinisglError(f"params must be SamplingParams, one for all prompts or one each, not {wrong!r}")
-        results: dict[int, Result] = {}
-        requests = []
+        made: list[Request | RequestError] = []
+        counts = []
         for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            made = prompt if isinstance(prompt, RequestError) else _attempt(self.new_request, prompt, own, index=index)
-            if isinstance(made, RequestError):
-                results[index] = Result("", [], "error", Usage(), made)
-            else:
-                requests.append(made)
+            asked = (
+                prompt if isinstance(prompt, RequestError) else _attempt(self.new_requests, prompt, own, index=index)
+            )
+            made += [asked] if isinstance(asked, RequestError) else asked
+            counts.append(1 if isinstance(asked, RequestError) else len(asked))
+        results = iter(self._run(made, progress))
+        grouped = [[next(results) for _ in range(count)] for count in counts]
+        return [first if not more else replace(first, choices=(first, *more)) for first, *more in grouped]
+
+    def new_requests(self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int) -> list[Request]:
+        """One request for each of the `n` answers; their seeds differ."""
+        requests = []
+        for place in range(params.n or 1):
+            own = params if not place or params.seed is None else replace(params, seed=(params.seed + place) % 2**63)
+            requests.append(self.new_request(prompt_ids, own, index=index + place * CHOICE_STRIDE))
+        return requests
+
+    def _run(self, made: Sequence[Request | RequestError], progress: bool) -> list[Result]:
+        """Answer requests to the end; the results are in their order."""
+        results: dict[Request, Result] = {}
+        requests = [request for request in made if isinstance(request, Request)]
         self.submit(requests)
         try:
-            with tqdm(total=len(prompts), initial=len(results), unit="prompt", disable=not progress) as bar:
-                while self.num_unfinished:
+            with tqdm(total=len(made), initial=len(made) - len(requests), unit="prompt", disable=not progress) as bar:
+                while len(results) < len(requests):
                     ended = self.step()
-                    results.update((request.index, result) for request, result in ended)
+                    results.update(ended)
                     bar.update(len(ended))
         finally:
-            self._abort_all()
-        return [results[index] for index in range(len(prompts))]
-
-    def _abort_all(self) -> None:
-        for request in [*self.scheduler.waiting, *self.scheduler.running]:
-            self.scheduler.retire(request)
-        self._stopping.clear()
-
-    def _check_stop_strings(self, request: Request) -> None:
-        if request in self._stopping and request.tokens[request.num_tokens - 1] not in request.stop_ids:
-            detokenizer, pieces = self._stopping[request]
-            pieces.append(detokenizer.push([int(request.tokens[request.num_tokens - 1])]))
-            if detokenizer.stopped:
-                request.finish_reason = "stop"
+            for request in requests:
+                self.abort(request)
+        return [results[one] if isinstance(one, Request) else Result("", [], "error", Usage(), one) for one in made]
 
     def _result(self, request: Request) -> Result:
         assert request.finish_reason is not None
-        ids = request.output_ids
-        if request in self._stopping:
-            detokenizer, pieces = self._stopping.pop(request)
-            text = "".join([*pieces, detokenizer.finish()])
+        ids, params = request.output_ids, request.params
+        skip = params.skip_special_tokens is not False
+        output, rest = self._outputs.pop(request, None), ""
+        if output:
+            text, rest = output.finish()
         elif self._tokenizer:
-            text = self._tokenizer.decode(ids[:-1] if ids[-1] in request.stop_ids else ids)
+            text = self._tokenizer.decode(ids[:-1] if ids and ids[-1] in request.stop_ids else ids, skip)
         else:
             text = ""
+        if params.echo:
+            text = self.tokenizer.decode(request.tokens[: request.num_prompt].tolist(), skip) + text
         usage = Usage(request.num_prompt, request.num_output, request.cached_tokens)
-        return Result(text, ids, request.finish_reason, usage)
+        result = Result(
+            text,
+            ids,
+            request.finish_reason,
+            usage,
+            request.error,
+            None if params.logprobs is None else request.logprobs,
+            None if params.prompt_logprobs is None else request.prompt_logprobs,
+        )
+        if output and output.deltas is not None:
+            output.deltas.append(Delta(rest, [], None, result))
+        return result
+
+
+def _batch_of(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if not isinstance(prompts, (Sequence, np.ndarray)):
+        raise MinisglError(f"prompts must be a string, a list of token ids or a list of these, not {prompts!r}")
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+    return cast("Sequence[Prompt]", [prompts] if one else prompts)
+
+
+def _score(result: Result) -> Score:
+    found = result.prompt_logprobs or []
+    return Score(
+        logprob=sum(one.logprob for one in found),
+        token_logprobs=[one.logprob for one in found],
+        is_greedy=bool(found) and all(one.top[0][0] == one.token_id for one in found),
+        num_tokens=len(found),
+        num_prompt_tokens=result.usage.prompt_tokens,
+        cached_tokens=result.usage.cached_tokens,
+        error=result.error,
+    )
 
 
 def _attempt(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -310,12 +393,3 @@ def _attempt(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         return function(*args, **options)
     except RequestError as error:
         return error
-
-
-def _mix(seed: int, index: int) -> int:
-    """A 63-bit seed from two numbers: SplitMix64's finaliser (Steele et al., 2014)."""
-    mask = 2**64 - 1
-    mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
-    return (mixed ^ (mixed >> 31)) >> 1

@@ -3,7 +3,7 @@
 Knows the life of one request on the host. Does not know tensors, scheduling policy or text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -13,8 +13,14 @@ import numpy.typing as npt
 from minisgl.config import check_fields, option
 from minisgl.errors import RequestError
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOP_STRINGS = 16
+MAX_BAD_WORDS = 32
+MAX_BANS = 2 * MAX_BAD_WORDS  # a word is spelt differently behind a space
+MAX_BAN_TOKENS = 8
+MAX_BIASES = 512  # of `logit_bias`, and of the stop ids that `min_tokens` holds back
+BIAS_RANGE = 100
+CHOICE_STRIDE = 1 << 40  # between the indices of the requests for one prompt's answers: no job has so many prompts
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,13 @@ class SamplingParams:
     """How to choose tokens and when to stop. None means: the model's generation_config.json, then the default named
     here.
 
-    Sampling order: temperature, top_k, top_p, min_p (as in transformers). temperature 0 is greedy.
+    Logits are edited in this order: logit_bias, min_tokens and bad_words, repetition_penalty, frequency_penalty and
+    presence_penalty (as in vLLM), the grammar of response_format. Tokens are drawn by temperature, top_k, top_p, min_p
+    (as in transformers); temperature 0 is greedy. Logprobs are those of the edited logits at temperature 1.
     """
 
     max_tokens: int | None = option(None, "Most tokens to generate. [default: 1024]", low=1)
+    min_tokens: int | None = option(None, "No stop before as many tokens. [default: 0]", low=0)
     temperature: float | None = option(None, "0 is greedy. [default: the model's, or 1]", low=0, high=100)
     top_p: float | None = option(
         None, "Keep the likeliest tokens that sum to this. [default: the model's, or 1]", low=0, high=1
@@ -36,25 +45,50 @@ class SamplingParams:
     min_p: float | None = option(
         None, "Drop tokens less likely than this share of the likeliest. [default: the model's, or 0]", low=0, high=1
     )
+    repetition_penalty: float | None = option(
+        None, "Above 1, tokens of the text so far become less likely. [default: the model's, or 1]", low=0.01, high=100
+    )
+    presence_penalty: float | None = option(
+        None, "Taken from the logit of each token that the answer has. [default: 0]", low=-2, high=2
+    )
+    frequency_penalty: float | None = option(
+        None, "Taken from a token's logit each time the answer has it. [default: 0]", low=-2, high=2
+    )
     seed: int | None = option(
         None, "Same seed, same text. [default: drawn from the engine's seed]", low=0, high=2**63 - 1
     )
+    n: int | None = option(None, "Answers to one prompt. [default: 1]", low=1, high=128, flag="")
     ignore_eos: bool | None = option(None, "Go on after an end-of-text token. [default: false]")
+    include_stop_str: bool | None = option(None, "Leave the stop string in the text. [default: false]")
+    skip_special_tokens: bool | None = option(
+        None,
+        "Leave special tokens out of the text. [default: true]",
+        flag="--skip-special-tokens/--show-special-tokens",
+    )
+    logprobs: int | None = option(
+        None, "Give each token's logprob and as many of the likeliest ones'. [default: none]", low=0, high=20
+    )
+    prompt_logprobs: int | None = option(
+        None, "The same for each token of the prompt but the first. [default: none]", low=0, high=20
+    )
+    echo: bool | None = option(None, "Put the prompt before the answer's text. [default: false]")
+    truncate_prompt_tokens: int | None = option(
+        None, "Keep this many tokens of a longer prompt, the last ones. [default: none]", low=1
+    )
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
+    logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
-            raise RequestError("stop must be a non-empty string or a list of them")
-        if len(stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed")
+        object.__setattr__(self, "stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
+        object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         ids = self.stop_token_ids
-        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
             raise RequestError("stop_token_ids must be a list of integers")
-        object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias) or None)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -69,6 +103,31 @@ class SamplingParams:
         return replace(self, **{name: value for name, value in values.items() if value is not None})
 
 
+def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
+        raise RequestError(f"{name} must be a non-empty string or a list of them")
+    if len(strings) > most:
+        raise RequestError(f"{name} has {len(strings)} strings; at most {most} are allowed")
+    return tuple(strings)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """logit_bias with integer keys, which JSON writes as strings."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or len(value) > MAX_BIASES:
+        raise RequestError(f"logit_bias must be an object of at most {MAX_BIASES} token ids and biases")
+    try:
+        biases = {int(token): float(bias) for token, bias in value.items()}
+    except (TypeError, ValueError):
+        raise RequestError("logit_bias must map token ids to numbers") from None
+    for token, bias in biases.items():
+        if not -BIAS_RANGE <= bias <= BIAS_RANGE:
+            raise RequestError(f"logit_bias of {token} is {bias}; it must be from -{BIAS_RANGE} to {BIAS_RANGE}")
+    return biases
+
+
 @dataclass(frozen=True)
 class Usage:
     """Token counts. `cached_tokens` of the prompt were found in the prefix cache and not computed again."""
@@ -79,13 +138,42 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """The natural logprob of a token, and the likeliest tokens at its place with theirs, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Result:
-    """One answered request. `error` is None unless finish_reason is "error"."""
+    """One answered request. `error` is None unless finish_reason is "error".
+
+    logprobs: of each output token; prompt_logprobs: of each prompt token but the first; None where not asked for.
+    choices: with n > 1 all the answers, of which this one is the first.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     usage: Usage
+    error: RequestError | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    choices: tuple["Result", ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is: natural logprobs, their sum first. is_greedy: each token is the likeliest."""
+
+    logprob: float
+    token_logprobs: list[float]
+    is_greedy: bool
+    num_tokens: int
+    num_prompt_tokens: int = 0  # of both together
+    cached_tokens: int = 0
     error: RequestError | None = None
 
 
@@ -94,10 +182,20 @@ class Request:
 
     tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or
     will be by the step in flight.
+    `scored_from`: the first prompt token whose logprob is asked for, with `num_top` likeliest ones; None: none is.
+    `bans`: sequences of token ids that the output may not have.
     """
 
     def __init__(
-        self, index: int, prompt_ids: npt.ArrayLike, params: SamplingParams, max_total: int, eos_ids: frozenset[int]
+        self,
+        index: int,
+        prompt_ids: npt.ArrayLike,
+        params: SamplingParams,
+        max_total: int,
+        eos_ids: frozenset[int],
+        *,
+        scored_from: int | None = None,
+        bans: Sequence[Sequence[int]] = (),
     ):
         self.index = index
         self.params = params
@@ -105,6 +203,22 @@ class Request:
         self.num_prompt = len(prompt)
         self.max_total = max_total
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        self.bans = bans
+        biases = {token: (bias, 0) for token, bias in (params.logit_bias or {}).items()}
+        if params.min_tokens:
+            may_stop = self.num_prompt + params.min_tokens
+            biases |= {token: (biases.get(token, (0.0, 0))[0], may_stop) for token in self.stop_ids}
+        self.biases: dict[int, tuple[float, int]] = biases  # what is added to an id's logit, and from which place on
+        self.edits_logits = bool(
+            biases
+            or bans
+            or params.presence_penalty
+            or params.frequency_penalty
+            or (params.repetition_penalty or 1) != 1
+        )
+        self.scored_from = scored_from
+        # Pages of later tokens are computed whether the prefix tree has them or not.
+        self.num_shareable = max_total if scored_from is None else max(scored_from - 1, 0)
         self.tokens = np.empty(max_total, np.int32)
         self.tokens[: self.num_prompt] = prompt
         self.num_tokens = self.num_prompt
@@ -119,12 +233,27 @@ class Request:
         self.was_preempted = False
         self.cached_tokens = 0  # of the prompt, found in the prefix tree and not computed
 
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
+        self.error: RequestError | None = None
         self.retired = False  # it ended or was aborted: what steps in flight still sample for it is dropped
 
     @property
     def num_output(self) -> int:
         return self.num_tokens - self.num_prompt
+
+    @property
+    def next_scored(self) -> int | None:
+        """The next prompt token whose logprob is to come; None: all that was asked for is there."""
+        if self.scored_from is None or self.scored_from + len(self.prompt_logprobs) >= self.num_prompt:
+            return None
+        return self.scored_from + len(self.prompt_logprobs)
+
+    @property
+    def num_matchable(self) -> int:
+        """Known tokens that may come from the prefix cache: a token whose successor is scored must be computed."""
+        return self.num_tokens if self.next_scored is None else min(self.num_tokens, self.num_shareable)
 
     @property
     def output_ids(self) -> list[int]:

@@ -9,17 +9,17 @@ Knows tensors and steps. Does not decide anything.
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from minisgl.batch import Batch
+from minisgl.batch import Batch, Scored
 from minisgl.kernels.attention_cascade import CascadeTiles
 from minisgl.kernels.attention_prefill import prefill_tiles
 from minisgl.kernels.prepare_step import prepare_step
 from minisgl.request import Request
+from minisgl.row_edits import RowEdits
 from minisgl.scheduler import Step
+from minisgl.upload import Ints, ints, upload
 
-Ints = npt.NDArray[np.int32]
 PARAMS_WORDS = 7  # of a new row in the upload
 
 
@@ -39,6 +39,7 @@ class RowTable:
         self.min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.edits = RowEdits(num_rows, device)
         # What `prepare_step` reads of decoding rows, the same in every step (a padded batch may exceed the rows).
         sizes = torch.arange(2 * num_rows + 2, dtype=torch.int32, device=device)
         self._one_each, self._from_length, self._store_all = sizes, torch.full_like(sizes, -1), torch.zeros_like(sizes)
@@ -54,7 +55,10 @@ class RowTable:
         cu_seqlens = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
         table_entries, pages = self._table_updates(step)
         each_decode = np.arange(num_decode, dtype=np.int32)
-        on_device = self._upload(
+        sample_index = np.concatenate([each_decode, num_decode + cu_seqlens[1:][ends_prompt] - 1])
+        kept, scored, scored_ids = keep_scored(step, num_decode + cu_seqlens, sample_index)
+        on_device = upload(
+            self.device,
             rows=ints([request.row for request in decodes] + [chunk.request.row for chunk in chunks]),
             starts=np.concatenate([np.full(num_decode, -1, np.int32), starts]),
             offsets=np.concatenate([each_decode, num_decode + cu_seqlens]),
@@ -62,7 +66,10 @@ class RowTable:
             cu_seqlens=cu_seqlens,
             tiles=prefill_tiles(counts, starts + counts, self.query_block).ravel(),
             sample_sequence=np.concatenate([each_decode, num_decode + np.flatnonzero(ends_prompt)]),
-            sample_index=np.concatenate([each_decode, num_decode + cu_seqlens[1:][ends_prompt] - 1]),
+            sample_index=kept,
+            sampled=np.searchsorted(kept, sample_index).astype(np.int32),
+            scored=scored,
+            scored_ids=scored_ids,
             table_entries=table_entries,
             pages=pages,
             params=pack_params(step.new_rows),
@@ -73,6 +80,7 @@ class RowTable:
         self._set_pages(on_device)
         if step.new_rows:
             self._set_params(on_device["params"].view(-1, PARAMS_WORDS))
+            self.edits.update(step.new_rows)
         prepared = prepare_step(
             rows,
             on_device["starts"],
@@ -102,7 +110,15 @@ class RowTable:
             sample_positions=prepared.kv_lens[sample_sequence] if chunks else prepared.kv_lens,
             page_table=self.page_table,
             cascade=CascadeTiles.unpack(on_device["cascade"], num_decode, tile_members) if step.cascade else None,
+            scored=self._scored(step, on_device) if len(scored) else None,
         )
+
+    @staticmethod
+    def _scored(step: Step, on_device: dict[str, torch.Tensor]) -> Scored:
+        num_top = max(chunk.request.params.prompt_logprobs or 0 for chunk in step.chunks)
+        # clone: a kernel's input whose alignment varies with the parts before it
+        ids = on_device["scored_ids"].clone()
+        return Scored(on_device["sampled"], on_device["scored"], ids, num_top)
 
     def load_decode(self, step: Step, changed: Sequence[tuple[torch.Tensor, Ints]]) -> None:
         """Bring the page table up to date for a step of decodes only, and each of the `changed` int32 inputs."""
@@ -110,7 +126,7 @@ class RowTable:
             return
         table_entries, pages = self._table_updates(step)
         values = {str(place): ints for place, (_, ints) in enumerate(changed)}
-        on_device = self._upload(**values, table_entries=table_entries, pages=pages)
+        on_device = upload(self.device, **values, table_entries=table_entries, pages=pages)
         for place, (inputs, _) in enumerate(changed):
             inputs.copy_(on_device[str(place)])
         self._set_pages(on_device)
@@ -154,13 +170,6 @@ class RowTable:
         for table in (self.tokens, self.length, self.page_table):
             table.zero_()
 
-    def _upload(self, **parts: Ints) -> dict[str, torch.Tensor]:
-        """Copy named parts to the device in one transfer."""
-        sizes = [len(part) for part in parts.values()]
-        host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        np.concatenate(list(parts.values()), out=host.numpy(), casting="same_kind")
-        return dict(zip(parts, host.to(self.device, non_blocking=True).split(sizes), strict=True))
-
     def _table_updates(self, step: Step) -> tuple[Ints, Ints]:
         """Flat places in the page table that the step changes, and the pages that go there."""
         updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
@@ -180,8 +189,20 @@ class RowTable:
         self.seed[rows] = params[:, 5:7].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
 
 
-def ints(values: Sequence[int | None]) -> Ints:
-    return np.array(values, np.int32)
+def keep_scored(step: Step, offsets: Ints, sample_index: Ints) -> tuple[Ints, Ints, Ints]:
+    """(packed tokens that leave the model, ascending; places among them of those whose successors are scored; the
+    scored ids), for a step whose chunks begin at `offsets`."""
+    scored, ids = [], []
+    for chunk, offset in zip(step.chunks, offsets.tolist(), strict=False):
+        first, last = chunk.scored
+        if first < last:
+            scored.append(np.arange(first - 1, last - 1, dtype=np.int32) + offset - chunk.start)
+            ids.append(chunk.request.tokens[first:last])
+    if not scored:
+        return sample_index, ints([]), ints([])
+    before = np.concatenate(scored)
+    kept = np.union1d(sample_index, before)
+    return kept, np.searchsorted(kept, before).astype(np.int32), np.concatenate(ids)
 
 
 def pack_params(requests: list[Request]) -> Ints:

@@ -33,6 +33,7 @@ class Chunk:
     count: int
     store_from: int
     samples: bool  # the chunk ends the prompt: its last token's logits are sampled
+    scored: tuple[int, int] = (0, 0)  # prompt tokens [first, last) get their logprobs from this chunk
 
 
 @dataclass
@@ -183,7 +184,9 @@ class Scheduler:
             end = min(end, len(request.pages + pages) * page_size)
         self._give_pages(step, request, pages)
         request.length = end
-        step.chunks.append(Chunk(request, start, end - start, store_from, samples=end == request.num_tokens))
+        first = request.next_scored
+        scored = (max(first, start + 1), min(end + 1, request.num_prompt)) if first is not None else (0, 0)
+        step.chunks.append(Chunk(request, start, end - start, store_from, end == request.num_tokens, scored))
         if end == request.num_tokens:
             request.num_pending += 1
             request.decoding = True
@@ -193,7 +196,7 @@ class Scheduler:
         while self.waiting and self._free_rows and step.num_tokens < self.max_step_tokens:
             request = self.waiting[0]
             assert request.num_pending == 0, "its last token is not known yet"
-            node, pages = self.cache.match(request.tokens[: request.num_tokens]) if self.cache else (None, [])
+            node, pages = self.cache.match(request.tokens[: request.num_matchable]) if self.cache else (None, [])
             if self.cache and node:
                 self.cache.lock(node)
             # Its whole prompt must find room, and each running request's next page too; alone it always fits.
@@ -219,7 +222,7 @@ class Scheduler:
         if not self.cache or request.length != self._nodes[request].depth:
             return
         node = self._nodes[request]
-        deeper, pages = self.cache.match(request.tokens[: request.num_tokens], node)
+        deeper, pages = self.cache.match(request.tokens[: request.num_matchable], node)
         if pages:
             self.cache.lock(deeper)
             self.cache.unlock(node)
@@ -240,7 +243,7 @@ class Scheduler:
         if not self.cache:
             return
         node = self._nodes[request]
-        whole = request.length // self.pool.page_size
+        whole = min(request.length, request.num_shareable) // self.pool.page_size
         if whole > request.num_shared:
             deeper, duplicates = self.cache.insert(node, request.tokens, request.pages[request.num_shared : whole])
             assert not duplicates, "the request looked just before it computed"

@@ -66,7 +66,7 @@ def test_greedy_tokens_equal_transformers(folder, name, device):
     with LLM(folder(name), device=device, **SMALL, **TINY_POOL) as llm:
         first = llm.generate(prompts, GREEDY)
         assert [result.token_ids for result in first] == expected
-        assert llm.scheduler.num_preemptions > 0
+        assert llm.core.scheduler.num_preemptions > 0
         again = llm.generate(prompts, GREEDY)  # now some prefixes are cached
         assert [result.token_ids for result in again] == expected
         assert sum(result.usage.cached_tokens for result in first) > 0
@@ -86,8 +86,8 @@ def test_narrow_logits_are_near_transformers(folder, monkeypatch, name, dtype, l
         expected = model(torch.tensor([prompt])).logits[0, -1]
     seen = []
     with LLM(folder(name), device="cuda", **{**SMALL, "dtype": dtype}, num_pages=40) as llm:
-        forward = llm.engine.model.forward
-        monkeypatch.setattr(llm.engine.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+        forward = llm.core.engine.model.forward
+        monkeypatch.setattr(llm.core.engine.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
     logits = seen[-1][-1].float().cpu()
     assert (logits - expected).norm() / expected.norm() < limit
@@ -130,7 +130,7 @@ def test_nothing_follows_the_end_of_a_text(folder, overlap):
         while llm.step():  # the last step in flight was for ended requests alone
             raise AssertionError("an ended request ended again")
         llm.reset_prefix_cache()
-        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+        assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
 
 
 @pytest.mark.gpu
@@ -163,7 +163,7 @@ def test_shared_prefixes_read_together_do_not_change_the_tokens(folder, name, tm
     for cascade in (True, False):
         with LLM(model, device="cuda", dtype="bfloat16", cascade=cascade, max_running=64, num_pages=1000) as llm:
             tokens.append([result.token_ids for result in llm.generate(prompts, params)])
-            assert bool(llm.scheduler.cascade and llm.scheduler.cascade.num_plans) == cascade
+            assert bool(llm.core.scheduler.cascade and llm.core.scheduler.cascade.num_plans) == cascade
     assert tokens[0] == tokens[1]
 
 
@@ -306,23 +306,23 @@ def test_a_step_too_large_for_the_memory_makes_steps_smaller(folder, monkeypatch
     with LLM(folder("qwen3"), device="cpu", **{**SMALL, "max_step_tokens": 200}, num_pages=64) as llm:
         expected = [result.token_ids for result in llm.generate(prompts, GREEDY)]
         llm.reset_prefix_cache()
-        run = llm.engine.run
+        run = llm.core.engine.forward
 
         def run_small(step):
             if step.num_tokens > 60:
                 raise torch.OutOfMemoryError("no memory")
             return run(step)
 
-        monkeypatch.setattr(llm.engine, "run", run_small)
+        monkeypatch.setattr(llm.core.engine, "forward", run_small)
         assert [result.token_ids for result in llm.generate(prompts, GREEDY)] == expected
         assert [record.args[1] for record in caplog.records] == [100, 50]
         llm.reset_prefix_cache()
-        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+        assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
 
         def never(step):
             raise torch.OutOfMemoryError("no memory")
 
-        monkeypatch.setattr(llm.engine, "run", never)
+        monkeypatch.setattr(llm.core.engine, "forward", never)
         with pytest.raises(MinisglError, match="smallest step"):
             llm.generate(prompts, GREEDY)
 
@@ -331,12 +331,14 @@ def test_a_step_that_fails_leaves_the_engine_usable(folder, monkeypatch):
     with LLM(folder("qwen3"), device="cpu", **SMALL) as llm:
         expected = llm.generate(list(range(40)), GREEDY)[0].token_ids
         llm.reset_prefix_cache()
-        forward = llm.engine.model.forward
-        monkeypatch.setattr(llm.engine.model, "forward", lambda *args: (_ for _ in ()).throw(RuntimeError("broken")))
+        forward = llm.core.engine.model.forward
+        monkeypatch.setattr(
+            llm.core.engine.model, "forward", lambda *args: (_ for _ in ()).throw(RuntimeError("broken"))
+        )
         with pytest.raises(RuntimeError, match="broken"):
             llm.generate(list(range(40)), GREEDY)
-        monkeypatch.setattr(llm.engine.model, "forward", forward)
+        monkeypatch.setattr(llm.core.engine.model, "forward", forward)
         [after] = llm.generate(list(range(40)), GREEDY)
         assert (after.token_ids, after.usage.cached_tokens) == (expected, 0)
         llm.reset_prefix_cache()
-        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+        assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages

@@ -36,13 +36,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "logprobs": (False,),
     "top_logprobs": (0,),
-    "echo": (False,),
     "best_of": (1,),
     "suffix": ("",),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tools": ([],),
@@ -86,9 +81,9 @@ def read_batch_row(values: dict[str, Any], head: Head, defaults: SamplingParams,
 
 def _read_body(head: Head, body: dict[str, Any], defaults: SamplingParams, default_n: int) -> Row:
     source = "messages" if head.form == "chat.completion" else "prompt"
-    for key, value in body.items():
-        known = key in (source, "n", *PARAMETERS, *IGNORED) or value is None
-        if not known and value not in NEUTRAL.get(key, ()):
+    body = {key: value for key, value in body.items() if not _asks_nothing(key, value)}
+    for key in body:
+        if key not in (source, "n", *PARAMETERS, *IGNORED):
             refuse(f"{key!r} in the body is not supported; leave it out", "invalid_parameter")
     params, n = read_params(body, defaults), read_n(body.get("n"), default_n)
     value = body.get(source)
@@ -101,6 +96,10 @@ def _read_body(head: Head, body: dict[str, Any], defaults: SamplingParams, defau
     first = prompts[0]
     asked = {"prompt": first} if isinstance(first, str) else {"prompt_token_ids": first}
     return Row(replace(head, num_prompts=len(prompts)), params, n=n, more_prompts=tuple(prompts[1:]), **asked)
+
+
+def _asks_nothing(key: str, value: Any) -> bool:
+    return value is None or any(type(value) is type(none) and value == none for none in NEUTRAL.get(key, ()))
 
 
 def _read_prompt(value: Any) -> str | list[int]:

@@ -10,7 +10,7 @@ from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig, read_json, token_ids
 from minisgl.request import SamplingParams
 
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)

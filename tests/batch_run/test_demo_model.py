@@ -24,7 +24,7 @@ def test_requests_that_wait_can_be_taken_back() -> None:
             ended |= {request.index for request, _ in llm.step()}
         assert len(dropped) == 3 and len(ended) == 2 and dropped | ended == set(range(5))
         llm.reset_prefix_cache()
-        assert llm.scheduler.pool.num_free == llm.scheduler.pool.num_pages
+        assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
 
 
 def test_a_job_that_stops_and_goes_on_gives_the_same_texts(tmp_path: Path) -> None:

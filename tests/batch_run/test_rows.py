@@ -115,7 +115,7 @@ def test_text_parts_are_joined() -> None:
         ({"prompt": "x", "n": 0}, "invalid_parameter", "from 1 to 128"),
         ({"prompt": "x", "n": True}, "invalid_parameter", "from 1 to 128"),
         ({"prompt": "x", "promt": "y"}, "invalid_row", "did you mean 'prompt'?"),
-        ({"prompt": "x", "frequency_penalty": 1}, "invalid_row", "not supported"),
+        ({"prompt": "x", "stream": True}, "invalid_row", "not supported"),
         ({"messages": []}, "invalid_messages", "messages"),
         ({"messages": ["x"]}, "invalid_messages", "messages[0]"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "invalid_messages", "'robot'"),

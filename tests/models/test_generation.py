@@ -47,7 +47,7 @@ def test_end_of_text_ids(tmp_path, generation, config_eos, tokenizer_eos, expect
                 "min_p": 0.1,
                 "repetition_penalty": 1.05,
             },
-            SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1),
+            SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.1, repetition_penalty=1.05),
         ),
         ({"temperature": None, "top_k": 5}, SamplingParams(top_k=5)),
         ({"do_sample": False, "temperature": 0.7}, SamplingParams(temperature=0.0)),
