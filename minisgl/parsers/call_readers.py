@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import regex  # for its partial matches
+import regex  # for its partial matches; names are bounded, since they are matched anew with each piece
 
 ARGUMENTS = ("parameters", "arguments")
 KEYS = ("name", *ARGUMENTS, "type", "id")  # the last two are what models add
@@ -17,8 +17,8 @@ KEYS = ("name", *ARGUMENTS, "type", "id")  # the last two are what models add
 _FIRST_KEY = re.compile(r'\{\s*(?:"([^"\\]*)"|\})')
 _PLAIN = re.compile(r"[\s\w:,.+-]*")  # what JSON has outside of strings and brackets
 _STRING = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*', re.DOTALL)
-_FUNCTION = regex.compile(r"<function=(?P<name>[^<>\s]+)>")
-_PARAMETER = regex.compile(r"\s*(?:<parameter=(?P<key>[^<>\s]+)>|</function>)")
+_FUNCTION = regex.compile(r"<function=(?P<name>[^<>\s]{1,64})>")
+_PARAMETER = regex.compile(r"\s*(?:<parameter=(?P<key>[^<>\s]{1,256})>|</function>)")
 _END = "</parameter>"
 _PYTHON = {"True": True, "False": False, "None": None}  # as Qwen3-Coder's template writes them
 

@@ -80,8 +80,10 @@ class ReasoningParser:
         if tag:
             self._thinks, self._trims = False, True
             return reasoning.rstrip("\n"), rest
-        size = next(size for size in range(len(END) - 1, -1, -1) if text.endswith(END[:size]))
-        certain = text[: len(text) - size].rstrip("\n")
+        at = text.rfind(END[0])
+        if at < 0 or not END.startswith(text[at:]):
+            at = len(text)
+        certain = text[:at].rstrip("\n")
         self._held = text[len(certain) :]
         return certain, ""
 

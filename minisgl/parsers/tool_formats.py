@@ -36,7 +36,7 @@ def _shape(opening: str, after: str, *, at_start: bool = False, is_bare: bool = 
     return Shape(regex.compile(opening), regex.compile(after), at_start, is_bare)
 
 
-_NAME = r"(?P<name>[\w.-]+)(?:\[CALL_ID\]\w+)?(?:\[ARGS\])?"
+_NAME = r"(?P<name>[\w.-]{1,64})(?:\[CALL_ID\]\w{1,64})?(?:\[ARGS\])?"  # bounded: it is matched anew with each piece
 _LIST = r"(?P<more>\s*,\s*(?=\{))|\s*\]"
 _NEXT = r"(?P<more>\s*;\s*(?=\{))"
 _NOTHING = r"(?!)"

@@ -45,7 +45,7 @@ def read_tools(tools: Any = None, tool_choice: Any = None, parallel_tool_calls: 
     """
     checked = _read_list(tools)
     names = [tool["function"]["name"] for tool in checked]
-    if parallel_tool_calls not in (None, True, False):
+    if not isinstance(parallel_tool_calls, bool | None):
         _refuse(f"parallel_tool_calls is {parallel_tool_calls!r}; it must be true or false")
     parallel = parallel_tool_calls is not False
     if tool_choice is None or tool_choice == "auto":
@@ -120,6 +120,8 @@ def _read_tool(tool: Any, place: str) -> Tool:
         _refuse(f"{place}.function.strict must be true or false")
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         _refuse(f'{place}.function.parameters must be a JSON schema with "type": "object"')
+    if not isinstance(parameters.get("properties", {}), Mapping):
+        _refuse(f"{place}.function.parameters.properties must be an object")
     return {"type": "function", "function": function}
 
 

@@ -101,6 +101,8 @@ def test_calls(format, text, content, calls):
         ("mistral", '[TOOL_CALLS] [{"name": "f"'),
         ("mistral", "[TOOL_CALLS] what?"),
         ("mistral", "[TOOL_CALLS]f[ARGS][1]"),
+        ("mistral", f"[TOOL_CALLS]{'f' * 65}[ARGS]{{}}"),
+        ("qwen", f"<tool_call><function={'f' * 65}></function></tool_call>"),
     ],
 )
 def test_what_is_no_call_is_content(format, text):

@@ -52,6 +52,7 @@ def test_formats():
         (([tool(strict=1)],), "function.strict must be true or false"),
         (([tool(parameters=[])],), "parameters must be a JSON schema"),
         (([tool(parameters={"type": "string"})],), "parameters must be a JSON schema"),
+        (([tool(parameters={"properties": []})],), "parameters.properties must be an object"),
         (([tool(arguments={})],), r"tools\[0\].function has 'arguments'; accepted: name, description, param"),
         (([], "required"), "tool_choice is 'required', but there are no tools"),
         (([tool()], NAMED), "tool_choice names 'g', which is not in tools: f"),
@@ -60,6 +61,7 @@ def test_formats():
         (([tool()], {"type": "allowed_tools"}), "accepted: 'none', 'auto', 'required'"),
         (([tool()], {"type": "function", "function": {}}), "tool_choice names None"),
         (([tool()], None, "yes"), "parallel_tool_calls is 'yes'; it must be true or false"),
+        (([tool()], None, 0), "parallel_tool_calls is 0; it must be true or false"),
     ],
 )
 def test_refused(arguments, message):
