@@ -6,6 +6,7 @@ new manager, so that no prefix is cached; making and warming it is not timed.
 
 import logging
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class TransformersEngine:
         disable_progress_bar()
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         self._hints, self._batching = WorkloadHints, ContinuousBatchingConfig
+        self._fields = {setting.name for setting in fields(ContinuousBatchingConfig)}
         self._sampling = GenerationConfig(
             do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, eos_token_id=NO_EOS
         )
@@ -81,7 +83,9 @@ class TransformersEngine:
     def _new_manager(self, hints: Any, num_blocks: int | None) -> Any:
         """A manager with flash attention, or with torch's where the first cannot be had (its kernel is a download)."""
         for switch in (self._switch_to_flash, False):
-            config = self._batching(num_blocks=num_blocks, auto_switch_to_flash=switch)
+            # Older versions have no such field, and stay with torch's attention.
+            asked = {"auto_switch_to_flash": switch} if "auto_switch_to_flash" in self._fields else {}
+            config = self._batching(num_blocks=num_blocks, **asked)
             try:
                 manager = self.model.init_continuous_batching(self._sampling, config, workload_hints=hints)
                 self._attention = self.model.config._attn_implementation
