@@ -142,7 +142,7 @@ class PromptMaker:
         return max_len
 
     def _shorten(self, row: Row, ids: list[int]) -> list[int]:
-        """The ids, cut so that the prompt and max_tokens fit; those of a conversation by cutting its longest message,
+        """The ids, cut so that the prompt and max_tokens fit; those of a conversation by cutting its longest messages,
         since its template must stay whole."""
         if len(ids) < self._max_len:
             return ids
@@ -156,9 +156,12 @@ class PromptMaker:
             excess = len(ids) - room
             if excess <= 0:
                 break
-            longest = max(messages, key=lambda message: len(message["content"]))
-            content = tokenizer.encode(longest["content"])
-            longest["content"] = tokenizer.decode(self._cut(content, min(excess, len(content)))).strip("\ufffd")
+            for longest in sorted(messages, key=lambda message: len(message["content"]), reverse=True):
+                if excess > 0:
+                    content = tokenizer.encode(longest["content"])
+                    kept = self._cut(content, min(excess, len(content)))
+                    longest["content"] = tokenizer.decode(kept).strip("\ufffd")
+                    excess -= len(content) - len(kept)
             ids = tokenizer.apply_chat_template(messages)
         return ids
 

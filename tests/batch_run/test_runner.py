@@ -285,6 +285,13 @@ def test_long_conversations_lose_text_and_keep_their_template(fake_llm: Any, sid
     assert ids[3:-1] == ([349 - 85 + index for index in range(86)] if side == "left" else list(range(200, 286)))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_conversations_of_many_messages_are_cut_too(fake_llm: Any, side: Any) -> None:
+    job = Job(fake_llm(), on_long=f"truncate-{side}")
+    summary = job(rows_of({"messages": [{"role": "user", "content": "x" * 20}] * 50, "max_tokens": 10}))
+    assert not summary.num_errors and len(job.llm.prompts[0]) == 90
+
+
 def test_a_run_that_is_stopped_finishes_what_runs(fake_llm: Any) -> None:
     llm = fake_llm(max_running=8)
     job = Job(llm, should_stop=lambda: llm.steps >= 5)
