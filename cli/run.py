@@ -134,6 +134,8 @@ def run(progress: str, report: Path | None, dry_run: bool, **options: Any) -> No
         click.echo(estimate(asked))
         return
     with Job(asked) as job:
+        if report:
+            job.check_report(report)
         summary = answer(job, progress, report) if job.has_rows_left else Summary()
         job.finish()
     click.echo(closing_table(job, summary), err=True)

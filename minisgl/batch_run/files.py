@@ -50,18 +50,16 @@ def write_failure(place: str, error: OSError) -> MinisglError:
     return MinisglError(f"cannot write {place}: {error.strerror}{fix}")
 
 
-def check_writable(path: Path) -> None:
-    """MinisglError, before anything is loaded, when a results file cannot be written at `path`."""
+def check_writable(path: Path, flag: str) -> None:
+    """MinisglError, before anything is loaded, when a file that `flag` names cannot be written at `path`."""
     if path.is_dir():
-        raise MinisglError(f"{path} is a folder; name a file for the results with -o")
+        raise MinisglError(f"{path} is a folder; name a file with {flag}")
     if path.exists() and not _may_write(path):
-        raise MinisglError(f"{path} cannot be written: permission denied; name another file with -o")
+        raise MinisglError(f"{path} cannot be written: permission denied; name another file with {flag}")
     if not path.parent.is_dir():
-        raise MinisglError(
-            f"the output folder {path.parent} does not exist; make it first or name another file with -o"
-        )
+        raise MinisglError(f"the folder {path.parent} does not exist; make it first or name another file with {flag}")
     if not is_stream(path) and not _may_write(path.parent):
-        raise MinisglError(f"the folder {path.parent} cannot be written to; name a file in another one with -o")
+        raise MinisglError(f"the folder {path.parent} cannot be written to; name a file in another one with {flag}")
 
 
 def _may_write(path: Path) -> bool:

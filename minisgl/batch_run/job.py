@@ -13,10 +13,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minisgl.batch_run.files import check_writable
 from minisgl.batch_run.manifest import UNRECORDED, Manifest, model_revision
-from minisgl.batch_run.output import check_target, open_output
+from minisgl.batch_run.output import check_target, open_output, own_files
 from minisgl.batch_run.parser import RowParser, Template
 from minisgl.batch_run.prompts import Leaders, OnLong
 from minisgl.batch_run.rows import BadRow, Row
@@ -94,6 +96,7 @@ class Job:
         )
         self.num_done = self.output.num_rows
         self.leaders = Leaders() if options.dedup else None
+        self._input_end: int | None = None
         self._rows = self.output.pending(self.read(), self._on_done)
         self._first: Row | BadRow | None = None
 
@@ -133,17 +136,27 @@ class Job:
             )
         )
 
+    def check_report(self, path: Path) -> None:
+        """MinisglError when a report at `path` could not be written, or would take the place of a file of the job."""
+        check_writable(path, "--report")
+        inputs = [source.path for source in self.sources if source.path]
+        if path.resolve() in [each.resolve() for each in (*inputs, *own_files(self.target))]:
+            raise MinisglError(f"{path} is a file of this job, which would be lost; name another one with --report")
+
     def open(self) -> list[Source]:
         """What the rows come from."""
         return open_sources(self.options.inputs, self.options.split, self.target)
 
     def read(self) -> Iterator[Row | BadRow]:
         """Every row of the input, done or not."""
-        return map(self.parser.parse, read_records(self.sources, self.options.shard, self.options.limit))
+        return map(self.parser.parse, read_records(self.sources, self.options.shard, self.options.limit, self._on_end))
 
     def count(self) -> int | None:
         """About how many rows `read` gives; None when that cannot be known cheaply."""
         return count_rows(self.sources, self.options.shard, self.options.limit)
+
+    def _on_end(self, end: int) -> None:
+        self._input_end = end
 
     def _on_done(self, row: Row | BadRow) -> None:
         if self.leaders and isinstance(row, Row):
@@ -193,7 +206,7 @@ class Job:
 
     def finish(self) -> None:
         """All rows are done: make the output whole and durable."""
-        self.output.finish(complete=self.options.limit is None)
+        self.output.finish(input_end=self._input_end)
 
 
 def revision(model: str | None) -> str:

@@ -28,9 +28,10 @@ class Journal:
     num_rows, num_failed: of the rows in it. size: bytes of its whole lines.
     """
 
-    def __init__(self, path: Path):
-        """Open or make the file. MinisglError when it cannot be written, or when another process has it."""
-        self.path = path
+    def __init__(self, path: Path, *, read_only: bool = False):
+        """Open or make the file. MinisglError when it cannot be written, or when another process has it. One that is
+        `read_only` must be there, is not repaired, and may be read by several processes."""
+        self.path, self.read_only = path, read_only
         self._failure: OSError | None = None
         self._closing = Event()
         self._syncing: Thread | None = None
@@ -39,13 +40,14 @@ class Journal:
 
     def _lock(self) -> int:
         """A locked descriptor of the file that has the name now: another process may replace it while we wait."""
+        mode = os.O_RDONLY if self.read_only else os.O_RDWR | os.O_CREAT | os.O_APPEND
         while True:
             try:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+                fd = os.open(self.path, mode | os.O_CLOEXEC, 0o666)
             except OSError as error:
                 raise write_failure(str(self.path), error) from error
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if self.read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(fd), os.stat(self.path)):
                     return fd
                 os.close(fd)
@@ -53,9 +55,7 @@ class Journal:
                 os.close(fd)
             except OSError:
                 os.close(fd)
-                raise MinisglError(
-                    f"another minisgl is writing {self.path}: wait until it ends, or name another output with -o"
-                ) from None
+                raise in_use(self.path) from None
 
     def _forget(self) -> None:
         self.num_rows = self.num_failed = 0
@@ -82,6 +82,8 @@ class Journal:
             rewrite |= damaged
             self._enter(line, start)
             self.size = start + len(data)
+        if self.read_only:
+            return
         if rewrite:
             self.keep(lambda line: True)
         else:
@@ -224,3 +226,22 @@ class Journal:
         self._closing.set()
         if self._syncing is not None:
             self._syncing.join()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process has this journal."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def in_use(path: Path) -> MinisglError:
+    return MinisglError(f"another minisgl is writing {path}: wait until it ends, or name another output with -o")

@@ -29,11 +29,16 @@ NUM_SAMPLES, SAMPLE_BYTES = 64, 64 << 10
 
 @dataclass(frozen=True)
 class Manifest:
-    """complete: the input was read to its end and each of its `rows` rows is in the output."""
+    """rows: of the output. input_end: the index after the last row of the whole input, all shards', known once it was
+    read to its end and each row asked for is in the output."""
 
     settings: dict[str, Any]
-    complete: bool = False
+    input_end: int | None = None
     rows: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.input_end is not None
 
     @property
     def hash_key(self) -> bytes:
@@ -63,7 +68,8 @@ def load_manifest(path: Path) -> Manifest | None:
         values = json.loads(path.read_bytes())
         if values["format"] != FORMAT:
             raise MinisglError(f"{path} was written by minisgl {values['minisgl']}, which keeps it in another form")
-        return Manifest(dict(values["settings"]), bool(values["complete"]), int(values["rows"]))
+        input_end = values["input_end"]
+        return Manifest(dict(values["settings"]), None if input_end is None else int(input_end), int(values["rows"]))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -31,7 +31,7 @@ def merge(parts: Sequence[Path], target: Path) -> int:
             path = journal_path(part, ordered=manifest.settings["ordered"])
             if not path.exists():
                 raise MinisglError(f"{path} is missing: run the command of {part} again")
-            journal = Journal(path)
+            journal = Journal(path, read_only=True)
             stack.callback(journal.close)
             journal.load()
             if journal.num_rows != manifest.rows:
@@ -57,16 +57,21 @@ def _manifest(part: Path) -> Manifest:
 
 
 def _check_shards(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
-    first = _without_shard(manifests[0])
+    first = _of_all_shards(manifests[0])
     shards: dict[int, Path] = {}
     of = manifests[0].settings["shard"][1]
     for part, manifest in zip(parts, manifests, strict=True):
         number, its_of = manifest.settings["shard"]
-        changes = first.differences(_without_shard(manifest))
+        changes = first.differences(_of_all_shards(manifest))
         if its_of != of:
             changes["shard"] = f"--shard was I/{of}, is I/{its_of}"
         if changes:
             raise MinisglError(f"{parts[0]} and {part} are of two commands: {'; '.join(changes.values())}")
+        if manifest.input_end != manifests[0].input_end:
+            raise MinisglError(
+                f"{parts[0]} and {part} are of two inputs: one had {manifests[0].input_end:,} rows, the other "
+                f"{manifest.input_end:,}; run both commands again with the same one"
+            )
         if number in shards:
             raise MinisglError(f"{shards[number]} and {part} are both shard {number}/{of}")
         shards[number] = part
@@ -75,5 +80,7 @@ def _check_shards(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
         raise MinisglError(f"shards are missing: {', '.join(missing)}; answer them or name their outputs too")
 
 
-def _without_shard(manifest: Manifest) -> Manifest:
-    return Manifest({name: value for name, value in manifest.settings.items() if name != "shard"})
+def _of_all_shards(manifest: Manifest) -> Manifest:
+    """What the shards must have in common, also where each machine keeps input and model in a folder of its own."""
+    settings = {name: value for name, value in manifest.settings.items() if name not in ("shard", "model")}
+    return Manifest({**settings, "inputs": [Path(name).name for name in settings["inputs"]]})

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.files import check_writable, is_stream
-from minisgl.batch_run.journal import Journal
+from minisgl.batch_run.journal import Journal, in_use, is_locked
 from minisgl.batch_run.manifest import Manifest, load_manifest, manifest_path
 from minisgl.batch_run.rows import BadRow, OnDone, Row
 from minisgl.batch_run.streams import SpooledStream, Stream
@@ -52,8 +52,8 @@ class Output(Protocol):
     def read(self, index: int) -> bytes:
         """The line of a row that is done."""
 
-    def finish(self, *, complete: bool) -> None:
-        """End a job that has no row left; `complete`: of the whole input."""
+    def finish(self, *, input_end: int | None) -> None:
+        """End a job that has no row left; `input_end`: the index after the input's last row, if it was read so far."""
 
     def close(self) -> None:
         """End a job in any way; what was appended stays."""
@@ -86,13 +86,21 @@ def check_target(target: str) -> None:
     if target == "-" and sys.stdout is None:
         raise MinisglError("stdout is closed; name a file for the results with -o")
     if target != "-":
-        check_writable(Path(target))
+        check_writable(Path(target), "-o")
 
 
 def journal_path(path: Path, *, ordered: bool) -> Path:
     """The journal of an output: itself where it may be, else the file beside it."""
     is_own = path.suffix not in TABLES and not ordered
     return path if is_own else path.with_name(path.name + JOURNAL_SUFFIX)
+
+
+def own_files(target: str) -> list[Path]:
+    """Whatever a job with this output may write."""
+    if target == "-":
+        return [Path("/dev/stdout")]
+    path = Path(target)
+    return [path, journal_path(path, ordered=True), manifest_path(path)]
 
 
 class OutputFile:
@@ -104,9 +112,12 @@ class OutputFile:
         self.path, self.manifest, self.ordered = path, manifest, ordered
         self.manifest_path = manifest_path(path)
         self.journal_path = journal_path(path, ordered=ordered)
-        self._existed = self.journal_path.exists()
+        self._made, self._begun = not self.journal_path.exists(), False
         self.journal = Journal(self.journal_path)  # first of all the lock: what is looked at below cannot change then
         try:
+            other = journal_path(path, ordered=not ordered)
+            if other != self.journal_path and is_locked(other):
+                raise in_use(path)
             before = self._check_ours(fresh)
             self._to_clear = fresh or before is None or before.settings != manifest.settings
             if not self._to_clear:
@@ -114,7 +125,6 @@ class OutputFile:
             if retry_errors and self.journal.num_failed:
                 self.manifest.save(self.manifest_path)  # no longer a complete one
                 self.journal.keep(lambda line: not line.failed)
-            self._begun = False
             self._changed = not (before and before.complete and path.exists()) or self._to_clear or retry_errors
             self._num_before, self._num_skipped = self.journal.num_rows, 0
         except BaseException:
@@ -187,20 +197,20 @@ class OutputFile:
     def read(self, index: int) -> bytes:
         return self.journal.read(index)
 
-    def finish(self, *, complete: bool) -> None:
+    def finish(self, *, input_end: int | None) -> None:
         """Make the output durable and whole. MinisglError when it has rows that the input no longer has."""
         self._begin()
         self.journal.finish()
-        if complete and self._num_skipped != self._num_before:
+        if input_end is not None and self._num_skipped != self._num_before:
             raise MinisglError(
                 f"the input has changed: {self._num_before - self._num_skipped:,} rows in {self.journal_path} are no "
                 "longer in it. --fresh starts anew, or name another output with -o"
             )
         if self.journal_path != self.path and self._changed:
             write_table(self.path, lambda: self.journal.lines(ordered=self.ordered))
-        Manifest(self.manifest.settings, complete, self.num_rows).save(self.manifest_path)
+        Manifest(self.manifest.settings, input_end, self.num_rows).save(self.manifest_path)
 
     def close(self) -> None:
+        if self._made and not self._begun and not self.journal_path.stat().st_size:
+            self.journal_path.unlink()  # while it is locked: another process may wait to write it
         self.journal.close()
-        if not self._existed and not self.journal.size and not self.manifest_path.exists():
-            self.journal_path.unlink(missing_ok=True)

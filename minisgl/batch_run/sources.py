@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from minisgl.batch_run import formats
 from minisgl.batch_run.manifest import MANIFEST_SUFFIX, manifest_path
-from minisgl.batch_run.output import JOURNAL_SUFFIX
+from minisgl.batch_run.output import JOURNAL_SUFFIX, own_files
 from minisgl.batch_run.rows import Record, RowError
 from minisgl.errors import MinisglError
 
@@ -42,26 +42,30 @@ class Source:
 def open_sources(inputs: Sequence[str], split: str | None = None, output: str = "-") -> list[Source]:
     """The sources that the inputs name, in a fixed order. MinisglError when there is none or one cannot be read.
 
-    Results, manifests and journals that a folder or a glob holds are no inputs; `output` must not be one.
+    Results, manifests and journals that a folder or a glob holds are no inputs; `output` and the files beside it must
+    not be one.
     """
     sources = [source for name in inputs for source in _expand(name, split, output)]
     if split is not None and all(source.path for source in sources):
         raise MinisglError("--split is for data sets (hf:ORG/NAME, or a folder that `datasets` saved): leave it out")
     for source in sources:
-        if source.path and _is_same_file(source.path, Path("/dev/stdout") if output == "-" else Path(output)):
+        if source.path and any(_is_same_file(source.path, path) for path in own_files(output)):
             raise MinisglError("the output is the input file, which would be lost; name another output with -o")
     return sources
 
 
 def read_records(
-    sources: Sequence[Source], shard: tuple[int, int] = (1, 1), limit: int | None = None
+    sources: Sequence[Source],
+    shard: tuple[int, int] = (1, 1),
+    limit: int | None = None,
+    on_end: Callable[[int], None] = lambda end: None,
 ) -> Iterator[Record]:
     """The rows of all sources, as they are asked for: of `shard` (i, n) every n-th from the i-th on, then the first
-    `limit` of these (None: all)."""
-    return islice(_read(sources, shard), limit)
+    `limit` of these (None: all). `on_end` is told the index after the last one of all, when that was read."""
+    return islice(_read(sources, shard, on_end), limit)
 
 
-def _read(sources: Sequence[Source], shard: tuple[int, int]) -> Iterator[Record]:
+def _read(sources: Sequence[Source], shard: tuple[int, int], on_end: Callable[[int], None]) -> Iterator[Record]:
     number, of = shard
     base = 0
     for source in sources:
@@ -72,6 +76,7 @@ def _read(sources: Sequence[Source], shard: tuple[int, int]) -> Iterator[Record]
             if index % of == number - 1:
                 yield Record(index, f"{place} {local + 1}", value)
         base = index + 1
+    on_end(base)
 
 
 def count_rows(sources: Sequence[Source], shard: tuple[int, int] = (1, 1), limit: int | None = None) -> int | None:
@@ -106,6 +111,8 @@ def default_output(inputs: Sequence[str], shard: tuple[int, int] = (1, 1)) -> st
 def _expand(name: str, split: str | None, output: str) -> list[Source]:
     if name == "-":
         return [Source("stdin", "line", lambda: formats.read_lines(_stdin()), path=Path("/dev/stdin"))]
+    if name == HUB:
+        raise MinisglError("hf: names no data set; name it as hf:ORG/NAME or hf:ORG/NAME:CONFIG")
     if name.startswith(HUB):
         return [_data_set(name, split, lambda: formats.load_hub(name.removeprefix(HUB), split))]
     path = Path(name)
@@ -161,6 +168,8 @@ def _file(path: Path) -> Source:
         try:
             with formats.open_compressed(path) as file:
                 yield from reader(file)
+        except MinisglError as error:
+            raise MinisglError(f"{path}: {error}") from error
         except (OSError, EOFError) as error:
             raise MinisglError(f"{path} cannot be read to its end: {error}") from error
 

@@ -33,25 +33,28 @@ class Stream:
 
     def append(self, lines: Sequence[Line]) -> None:
         """Write the lines and flush. MinisglError when that fails."""
+        self._write(line.data for line in lines)
+        self.num_rows += len(lines)
+        self.num_failed += sum(line.failed for line in lines)
+
+    def _write(self, lines: Iterable[bytes]) -> None:
         try:
             if self._file is None:
                 self._file = sys.stdout.buffer if self._is_stdout else _open_raw(self.target)
             for line in lines:
-                rest = memoryview(line.data)
+                rest = memoryview(line)
                 while rest:
                     rest = rest[self._file.write(rest) :]
             self._file.flush()
         except OSError as error:
             self._silence()
             raise write_failure(self.target, error) from error
-        self.num_rows += len(lines)
-        self.num_failed += sum(line.failed for line in lines)
 
     def read(self, index: int) -> bytes:
         raise AssertionError("a stream cannot be read again")
 
-    def finish(self, *, complete: bool) -> None:
-        self.append([])
+    def finish(self, *, input_end: int | None) -> None:
+        self._write([])
 
     def close(self) -> None:
         if self._file is not None and not self._is_stdout:
@@ -85,9 +88,8 @@ class SpooledStream(Stream):
     def read(self, index: int) -> bytes:
         return self._journal.read(index)
 
-    def finish(self, *, complete: bool) -> None:
-        for data in self._journal.lines(ordered=self.ordered):
-            super().append([Line(0, 0, False, data)])
+    def finish(self, *, input_end: int | None) -> None:
+        self._write(self._journal.lines(ordered=self.ordered))
 
     def close(self) -> None:
         super().close()

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from minisgl.batch_run import job
+from minisgl.batch_run.journal import Journal
 from tests.cli.conftest import Invoke, read_rows
 
 
@@ -237,3 +238,47 @@ def test_shards_and_merge(invoke: Invoke, prompts: Path, fake_llm: Any) -> None:
     done = invoke("merge", *parts, "-o", "all.jsonl")
     assert done.exit_code == 2 and "of two commands" in done.stderr
     assert "I from 1 to N" in invoke("run", prompts, "--shard", "4/3").stderr
+
+
+def test_shards_of_machines_with_other_folders(invoke: Invoke, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 2):
+        folder = Path(f"machine-{number}")
+        folder.mkdir()
+        (folder / prompts.name).write_bytes(prompts.read_bytes())
+        model = folder / "model"
+        assert invoke("run", folder / prompts.name, "-m", model, "--shard", f"{number}/2").exit_code == 0
+    parts = [f"machine-{number}/prompts.{number}-of-2.results.jsonl" for number in (1, 2)]
+    assert invoke("merge", *parts, "-o", "all.jsonl").exit_code == 0
+    assert [row["index"] for row in read("all.jsonl")] == list(range(10))
+
+
+def test_a_shard_of_a_shorter_input_is_not_merged(invoke: Invoke, prompts: Path) -> None:
+    assert invoke("run", prompts, "--shard", "1/2").exit_code == 0
+    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:6]))
+    assert invoke("run", prompts, "--shard", "2/2").exit_code == 0
+    done = invoke("merge", "prompts.1-of-2.results.jsonl", "prompts.2-of-2.results.jsonl", "-o", "all.jsonl")
+    assert done.exit_code == 2 and "one had 10 rows, the other 6" in done.stderr
+    assert not Path("all.jsonl").exists()
+
+
+def test_merge_leaves_the_parts_as_they_are(invoke: Invoke, prompts: Path) -> None:
+    assert invoke("run", prompts).exit_code == 0
+    part = Path("prompts.results.jsonl")
+    part.write_bytes(part.read_bytes() + b"torn")
+    part.chmod(0o444)
+    before = part.read_bytes()
+    assert invoke("merge", part, "-o", "all.jsonl").exit_code == 0
+    assert part.read_bytes() == before and len(read("all.jsonl")) == 10
+
+
+@pytest.mark.parametrize("flags", [[], ["--ordered"]], ids=["as they finish", "ordered"])
+def test_an_output_that_is_being_written(invoke: Invoke, prompts: Path, fake_llm: Any, flags: list[str]) -> None:
+    """Ordered or not, and whatever of it is there yet."""
+    for first in ("prompts.results.jsonl", "prompts.results.jsonl.journal.jsonl"):
+        held = Journal(Path(first))
+        done = invoke("run", prompts, "--fresh", *flags)
+        assert (done.exit_code, "another minisgl is writing" in done.stderr) == (2, True)
+        held.close()
+        assert [path.name for path in Path().glob("*.results*")] == [first]
+        Path(first).unlink()
+    assert not fake_llm.made

@@ -247,10 +247,28 @@ def test_a_report_of_a_job_that_stopped(
     assert done.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("report", "reason"),
+    [
+        ("none/report.json", "the folder none does not exist"),
+        ("prompts.jsonl", "is a file of this job"),
+        ("out.csv", "is a file of this job"),
+        ("out.csv.manifest.json", "is a file of this job"),
+    ],
+)
+def test_a_report_that_cannot_be_written_is_refused_first(
+    invoke: Invoke, prompts: Path, fake_llm: Any, report: str, reason: str
+) -> None:
+    before = prompts.read_bytes()
+    done = invoke("run", prompts.name, "-o", "out.csv", "--report", report)
+    assert (done.exit_code, reason in done.stderr, "--report" in done.stderr) == (2, True, True)
+    assert prompts.read_bytes() == before and not fake_llm.made
+
+
 def test_ordered_and_repeated_rows_on_stdout(invoke: Invoke, fake_llm: Any) -> None:
     Path("in.jsonl").write_text("".join(f'{{"prompt": "p{index % 4}"}}\n' for index in range(20)))
     done = invoke("run", "in.jsonl", "-o", "-", "--ordered", "--dedup", "--progress", "none")
-    assert done.exit_code == 0
+    assert done.exit_code == 0 and "rows     20, 0 with errors" in done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["index"] for row in rows] == list(range(20))
     assert [row["text"] for row in rows] == [f"answer {index % 4}" for index in range(20)]
