@@ -193,15 +193,17 @@ def load_hub(name: str, split: str | None) -> Any:
     datasets = _import_datasets()
     repository, _, config = name.partition(":")
     try:
-        splits = datasets.get_dataset_split_names(repository, config or None)
-        return datasets.load_dataset(
-            repository, config or None, split=_choose(split, splits, f"hf:{name}"), streaming=True
-        )
+        if not config and not (config := datasets.get_dataset_default_config_name(repository)):
+            configs = datasets.get_dataset_config_names(repository)
+            raise MinisglError(
+                f"hf:{name} has several configurations: name one as hf:{repository}:{configs[0]} ({', '.join(configs)})"
+            )
+        splits = datasets.get_dataset_split_names(repository, config)
+        return datasets.load_dataset(repository, config, split=_choose(split, splits, f"hf:{name}"), streaming=True)
     except MinisglError:
         raise
     except Exception as error:  # no such name or configuration, no network, and what the hub's clients raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MinisglError(f"cannot read hf:{name}: {first}") from error
+        raise MinisglError(f"cannot read hf:{name}: {_first_line(error)}") from error
 
 
 def load_saved(path: Path, split: str | None) -> Any:
@@ -210,8 +212,7 @@ def load_saved(path: Path, split: str | None) -> Any:
     try:
         saved = datasets.load_from_disk(str(path))
     except Exception as error:  # a damaged file raises anything
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise MinisglError(f"{path} cannot be read as a saved data set: {first}") from error
+        raise MinisglError(f"{path} cannot be read as a saved data set: {_first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         return saved[_choose(split, list(saved), str(path))]
     if split is not None:
@@ -234,6 +235,10 @@ def _choose(split: str | None, splits: list[str], name: str) -> str:
         asked = "has several splits" if split is None else f"has no split {split!r}"
         raise MinisglError(f"{name} {asked}: name one with --split ({', '.join(splits)})")
     return split
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _import_datasets() -> Any:

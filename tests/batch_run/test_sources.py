@@ -102,7 +102,7 @@ def test_odd_values_of_a_json_array(tmp_path: Path) -> None:
 
 def test_a_json_array_that_breaks_off(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", b'[{"prompt": "x"}, {"prompt": "y"}, {"pro')
-    with pytest.raises(MinisglError, match="breaks off after 2 elements"):
+    with pytest.raises(MinisglError, match="rows.json: .* breaks off after 2 elements"):
         values(path)
 
 
@@ -185,26 +185,41 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         values(tmp_path / "one", split="train")
 
 
-def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed by `datasets` itself, which takes a folder of that name for the repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/plain/data").mkdir(parents=True)
+    write(tmp_path / "org/plain/data/train.jsonl", CONTENT[".jsonl"])
+    write(tmp_path / "org/plain/data/test.jsonl", CONTENT[".jsonl"].splitlines()[0])
+    assert values("hf:org/plain", split="train") == TABLE
+    assert values("hf:org/plain:default", split="test") == TABLE[:1]
+    for split, says in ((None, "has several splits"), ("dev", "has no split 'dev'")):
+        with pytest.raises(MinisglError, match=rf"{says}: name one with --split \(train, test\)"):
+            values("hf:org/plain", split=split)
+
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}.parquet"}]} for name in ("a", "b")
+    ]
+    (tmp_path / "org/several").mkdir()
+    write(tmp_path / "org/several/README.md", f"---\n{json.dumps({'configs': configs})}\n---\n".encode())
+    for config in configs:
+        write(tmp_path / f"org/several/{config['config_name']}.parquet", CONTENT[".parquet"])
+    assert values("hf:org/several:b") == TABLE
+    with pytest.raises(MinisglError, match=r"several configurations: name one as hf:org/several:a \(a, b\)"):
+        values("hf:org/several")
+    with pytest.raises(MinisglError, match="cannot read hf:org/several:c: .*'c'"):
+        values("hf:org/several:c")
+    with pytest.raises(MinisglError, match="name it as hf:ORG/NAME"):
+        values("hf:")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    calls = []
-
-    def load(*args: Any, **options: Any) -> Any:
-        calls.append((args, options))
-        return datasets.Dataset.from_list(TABLE).to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "test"])
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert values("hf:org/name:main", split="test") == TABLE
-    assert calls == [(("org/name", "main"), {"split": "test", "streaming": True})]
-    with pytest.raises(MinisglError, match="train, test"):
-        values("hf:org/name")
-
-    def fail(name: str, config: str | None) -> None:
+    def fail(name: str) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    monkeypatch.setattr(datasets, "get_dataset_default_config_name", fail)
     with pytest.raises(MinisglError, match="cannot read hf:org/name: no network"):
         values("hf:org/name")
 
