@@ -1,21 +1,25 @@
 """Output lines: an answered or failed row becomes one line of JSON, and a line is known again when a job goes on.
 
-    id, index, text, [token_ids,] finish_reason, [samples,] usage, error, key, and the columns that are carried over
+    id, index, text, [token_ids,] finish_reason, [logprobs,] [samples,] [prompt_logprobs,] usage, error, key, and the
+    columns that are carried over
 
 Knows the schema of the output. Does not know files. A carried column that has a name of the output's gets "input_"
 before it.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from minisgl.batch_run import openai_batch
 from minisgl.batch_run.parser import jsonable
 from minisgl.batch_run.rows import Head, RowError, row_error
-from minisgl.request import Result, Usage
+from minisgl.request import Result, TokenLogprobs, Usage
 
-NAMES = ("id", "index", "text", "token_ids", "finish_reason", "samples", "usage", "error", "key")
+NAMES = (
+    *("id", "index", "text", "token_ids", "finish_reason", "logprobs", "samples", "prompt_logprobs"),
+    *("usage", "error", "key"),
+)
 
 # json.dumps leaves these raw, and str.splitlines (so many a reader) takes them for the end of the line.
 _LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -74,6 +78,7 @@ def _values(head: Head, results: list[Result], error: RowError | None, return_to
             "text": result.text,
             **({"token_ids": result.token_ids} if return_token_ids else {}),
             "finish_reason": "error" if error else result.finish_reason,
+            **_logprobs("logprobs", result.logprobs),
         }
         for result in results
     ]
@@ -83,6 +88,7 @@ def _values(head: Head, results: list[Result], error: RowError | None, return_to
         "index": head.index,
         **samples[0],
         **({"samples": samples} if len(samples) > 1 else {}),
+        **_logprobs("prompt_logprobs", results[0].prompt_logprobs),
         "usage": {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": sum(result.usage.completion_tokens for result in results),
@@ -92,6 +98,10 @@ def _values(head: Head, results: list[Result], error: RowError | None, return_to
         "key": f"{head.key:016x}",
         **_carried(head),
     }
+
+
+def _logprobs(name: str, tokens: list[TokenLogprobs] | None) -> dict[str, Any]:
+    return {} if tokens is None else {name: [asdict(token) for token in tokens]}
 
 
 def _carried(head: Head) -> dict[str, Any]:

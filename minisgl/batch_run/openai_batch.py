@@ -31,6 +31,7 @@ IGNORED = (
     *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("stream_options", "parallel_tool_calls"),
 )
+UNANSWERED = ("logprobs", "prompt_logprobs")  # parameters of ours whose answer is in another form there
 # What asks for nothing. None always does.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -83,7 +84,7 @@ def _read_body(head: Head, body: dict[str, Any], defaults: SamplingParams, defau
     source = "messages" if head.form == "chat.completion" else "prompt"
     body = {key: value for key, value in body.items() if not _asks_nothing(key, value)}
     for key in body:
-        if key not in (source, "n", *PARAMETERS, *IGNORED):
+        if key not in (source, "n", *PARAMETERS, *IGNORED) or key in UNANSWERED:
             refuse(f"{key!r} in the body is not supported; leave it out", "invalid_parameter")
     params, n = read_params(body, defaults), read_n(body.get("n"), default_n)
     value = body.get(source)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from minisgl.batch_run.parser import question_hash
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
 from minisgl.errors import MinisglError, RequestError
-from minisgl.request import Request
+from minisgl.request import CHOICE_STRIDE, Request
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM
@@ -20,7 +20,6 @@ OnLong = Literal["error", "truncate-left", "truncate-right"]
 # Tokens of common vocabularies are shorter (Qwen's longest is 128 spaces). Tokenizing megabytes takes seconds, so a
 # text that cannot fit the context is refused before.
 MAX_CHARS_PER_TOKEN = 256
-SAMPLE_STRIDE = 1 << 40  # between the request indices of one row's samples: there is no input of so many rows
 MAX_CUTS = 8  # of a conversation that is too long; each leaves less than it must, so the second mostly fits
 
 
@@ -74,16 +73,13 @@ class PromptMaker:
         return [done[row.head.index] for row in rows]
 
     def _requests(self, row: Row, prompts: list[list[int]]) -> list[Request]:
-        """One request for each sample of each prompt; their seeds differ."""
+        """One request for each sample of each prompt, prompt by prompt; their indices are CHOICE_STRIDE apart."""
+        params = row.params if row.n == 1 else replace(row.params, n=row.n)
         requests: list[Request] = []
         for ids in prompts:
             if self.on_long != "error":
                 ids = self._shorten(row, ids)
-            for _ in range(row.n):
-                place, params = len(requests), row.params
-                if place and params.seed is not None:
-                    params = replace(params, seed=(params.seed + place) % 2**63)
-                requests.append(self.llm.new_request(ids, params, index=row.head.index + place * SAMPLE_STRIDE))
+            requests += self.llm.new_requests(ids, params, index=row.head.index + len(requests) * CHOICE_STRIDE)
         return requests
 
     # -- text to token ids --

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from minisgl.batch_run.answers import Line, format_line, relabel
 from minisgl.batch_run.feeder import Feeder
 from minisgl.batch_run.output import Output
-from minisgl.batch_run.prompts import SAMPLE_STRIDE, Leaders, OnLong, Prepared, PromptMaker
+from minisgl.batch_run.prompts import Leaders, OnLong, Prepared, PromptMaker
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError
 from minisgl.errors import MinisglError
-from minisgl.request import Request, Result
+from minisgl.request import CHOICE_STRIDE, Request, Result
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM
@@ -112,7 +112,7 @@ class BatchRun:
         """Take back what has not started; the next run will do it."""
         self.summary.stopped = True
         for request in self.llm.drop_waiting():
-            self._pending.pop(request.index % SAMPLE_STRIDE, None)
+            self._pending.pop(request.index % CHOICE_STRIDE, None)
 
     def _admit(self, burst: list[Prepared]) -> None:
         """Submit a burst at once; write its bad rows."""
@@ -144,7 +144,7 @@ class BatchRun:
 
     def _end(self, request: Request, result: Result) -> list[Line]:
         """The lines that are due when a sample has ended: none while others of its row run."""
-        sample, index = divmod(request.index, SAMPLE_STRIDE)
+        sample, index = divmod(request.index, CHOICE_STRIDE)
         pending = self._pending.get(index)
         if pending is None:  # the row was given up, with samples that had not started
             return []

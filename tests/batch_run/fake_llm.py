@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from minisgl.errors import RequestError
-from minisgl.request import Request, Result, SamplingParams, Usage
+from minisgl.request import CHOICE_STRIDE, Request, Result, SamplingParams, Usage
 
 
 class FakeTokenizer:
@@ -72,6 +72,10 @@ class FakeLLM:
             raise RequestError("a token id is outside the vocabulary of 1,000 ids", "invalid_token_id")
         self.params[index], self.prompts[index] = params, prompt_ids
         return Request(index, prompt_ids, params, 200, frozenset())
+
+    def new_requests(self, prompt_ids: list[int], params: SamplingParams, *, index: int) -> list[Request]:
+        indices = range(index, index + (params.n or 1) * CHOICE_STRIDE, CHOICE_STRIDE)
+        return [self.new_request(prompt_ids, params, index=place) for place in indices]
 
     def submit(self, requests: list[Request]) -> None:
         self.waiting += requests[::-1]  # any order is allowed

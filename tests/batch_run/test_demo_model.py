@@ -30,7 +30,7 @@ def test_requests_that_wait_can_be_taken_back() -> None:
 def test_a_job_that_stops_and_goes_on_gives_the_same_texts(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     questions = [f"What is {index} + 3?" for index in range(40)]
-    rows = [{"messages": [{"role": "user", "content": question}], "n": 2} for question in questions]
+    rows = [{"messages": [{"role": "user", "content": question}], "n": 2, "seed": 7} for question in questions]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def options(name: str) -> JobOptions:
@@ -54,6 +54,21 @@ def test_a_job_that_stops_and_goes_on_gives_the_same_texts(tmp_path: Path) -> No
             job.finish()
     assert texts("pieces.jsonl") == texts("whole.jsonl")
     assert any(first != second for first, second in texts("whole.jsonl")), "samples have seeds of their own"
+
+
+def test_logprobs_are_in_the_row(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "What is 2 + 3?", "logprobs": 2, "prompt_logprobs": 0, "n": 2}))
+    options = JobOptions([str(prompts)], str(tmp_path / "out.jsonl"), sampling={"max_tokens": 4, "ignore_eos": True})
+    with LLM(device="cpu", max_len=64) as llm, Job(options) as job:
+        job.answer(llm)
+        job.finish()
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    for sample in row["samples"]:
+        assert [len(token["top"]) for token in sample["logprobs"]] == [2] * 4
+        assert all(token["logprob"] <= 0 and token["token_id"] >= 0 for token in sample["logprobs"])
+    assert row["logprobs"] == row["samples"][0]["logprobs"]
+    assert len(row["prompt_logprobs"]) == row["usage"]["prompt_tokens"] - 1
 
 
 def test_the_manifest_has_the_dtype_that_auto_became(tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def test_several_prompts_in_a_line() -> None:
         (batch_line(messages=[{"role": "user", "content": "Hi"}], temperature=-1), "temperature is -1"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], tools=[{"type": "function"}]), "'tools'"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], stream=True), "'stream'"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], logprobs=True), "'logprobs'"),
+        (batch_line("/v1/completions", prompt="Hi", logprobs=1), "'logprobs'"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "'temprature'"),
         (batch_line("/v1/completions", prompt=["a", 1]), "not a number"),
         (batch_line("/v1/completions", prompt=[]), "at least one"),

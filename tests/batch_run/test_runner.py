@@ -14,7 +14,7 @@ from minisgl.batch_run.prompts import Leaders
 from minisgl.batch_run.rows import BadRow, Head, Record, Row
 from minisgl.batch_run.runner import BatchRun, Summary
 from minisgl.errors import MinisglError
-from minisgl.request import SamplingParams
+from minisgl.request import CHOICE_STRIDE, SamplingParams
 
 
 class Lines:
@@ -125,16 +125,15 @@ def test_prompts_and_messages(fake_llm: Any) -> None:
 
 
 def test_several_prompts_in_a_line(fake_llm: Any) -> None:
-    body = {"prompt": ["a", "bcd", [101]], "n": 2, "seed": 7}
+    body = {"prompt": ["a", "bcd", [101]], "n": 2}
     lines = [{"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}]
     lines.append({**lines[0], "body": {"prompt": ["a", "x" * 200]}})
     llm = fake_llm()
     output: Any = Lines()
     summary = BatchRun(llm, output).run(rows_of(*lines))
     asked = [[97], [97], [98, 99, 100], [98, 99, 100], [101], [101]]
-    places = [place * prompts.SAMPLE_STRIDE for place in range(6)]
+    places = [place * CHOICE_STRIDE for place in range(6)]
     assert [llm.prompts[place] for place in places] == asked
-    assert [llm.params[place].seed for place in places] == [7, 8, 9, 10, 11, 12]
     assert (summary.rows, summary.prompt_tokens, summary.errors) == (2, 1 + 3 + 1, {"prompt_too_long": 1})
     answer, refusal = (json.loads(output.by_index[index])["response"] for index in range(2))
     assert [choice["index"] for choice in answer["body"]["choices"]] == list(range(6))
@@ -235,13 +234,13 @@ def test_what_is_finished_is_kept_when_the_engine_stops(fake_llm: Any, failure: 
     assert 0 < job.run.summary.rows == len(job.rows) < 100
 
 
-def test_samples_of_a_row_have_their_own_seeds(fake_llm: Any) -> None:
+def test_samples_of_a_row(fake_llm: Any) -> None:
     job = Job(fake_llm(), n=3)
-    job(rows_of({"prompt": "a", "seed": 5}, {"prompt": "b", "n": 1}, n=3))
+    job(rows_of({"prompt": "a"}, {"prompt": "b", "n": 1}, n=3))
     assert [sample["text"] for sample in job.rows[0]["samples"]] == [
-        f"answer {sample * prompts.SAMPLE_STRIDE}" for sample in range(3)
+        f"answer {sample * CHOICE_STRIDE}" for sample in range(3)
     ]
-    assert [job.llm.params[sample * prompts.SAMPLE_STRIDE].seed for sample in range(3)] == [5, 6, 7]
+    assert job.llm.params[0].n == 3 and 2 * CHOICE_STRIDE in job.llm.params
     assert "samples" not in job.rows[1]
 
 

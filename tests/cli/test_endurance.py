@@ -132,7 +132,7 @@ MILLION = """
         def __enter__(self): return self
         def __exit__(self, *exception): pass
         num_unfinished = property(lambda self: len(self.waiting))
-        def new_request(self, ids, params, *, index): return Request(index, ids, params, 8, frozenset())
+        def new_requests(self, ids, params, *, index): return [Request(index, ids, params, 8, frozenset())]
         def submit(self, requests): self.waiting += requests
         def step(self):
             ended, self.waiting = self.waiting[:256], self.waiting[256:]
