@@ -87,6 +87,9 @@ def _read_body(head: Head, body: dict[str, Any], defaults: SamplingParams, defau
         if key not in (source, "n", *PARAMETERS, *IGNORED) or key in UNANSWERED:
             refuse(f"{key!r} in the body is not supported; leave it out", "invalid_parameter")
     params, n = read_params(body, defaults), read_n(body.get("n"), default_n)
+    for name in UNANSWERED:
+        if getattr(params, name) is not None:
+            refuse(f"{name} (a flag) is not supported for OpenAI's lines; leave it out", "invalid_parameter")
     value = body.get(source)
     if value is None:
         refuse(f"the body has no {source}")

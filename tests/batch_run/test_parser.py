@@ -200,6 +200,12 @@ def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: st
     assert answer.failed and parse_line(answer.data) == answer
 
 
+def test_a_flag_that_their_format_has_no_answer_for() -> None:
+    parser = RowParser(SamplingParams(logprobs=1))
+    row = parser.parse(Record(0, "line 1", json.dumps(batch_line()).encode()))
+    assert isinstance(row, BadRow) and "logprobs (a flag) is not supported" in row.error.message
+
+
 def test_the_answer_of_a_row_that_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1.0)
     results = [Result("a", [1], "stop", Usage(1, 1, 0))]
