@@ -7,6 +7,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
 from minisgl.errors import MinisglError
+from minisgl.parsers import FORMATS, STYLES
 
 
 def option(
@@ -88,6 +89,10 @@ class EngineConfig:
     )
     cache: str = option("radix", "Prefix cache: radix reuses the KV of shared prefixes.", choices=("radix", "none"))
     evict: str = option("lru", "Which cached prefixes go first when pages run out.", choices=("lru", "lfu", "fifo"))
+    reasoning_parser: str = option(
+        "auto", "How answers mark their thinking; auto looks at the chat template.", choices=STYLES
+    )
+    tool_parser: str = option("auto", "How answers write tool calls; auto looks at the chat template.", choices=FORMATS)
     seed: int = option(0, "Seed of requests that name none, and of dummy weights.", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """Requests of token ids, answered token by token: scheduler and engine as one machine.
 
 A step is: schedule -> forward -> sample -> wait for its ids -> complete -> retire what ended. With overlap the next
-step is scheduled and launched before the wait, so that the device never waits for the host.
+step is scheduled and launched before the wait, so that the device never waits for the host. A step with grammars is
+sampled only when the one before it is handled, since its masks depend on these tokens; its forward pass runs meanwhile.
 
 Knows requests and the parts of the engine by their interface. Does not know text: `LLM` and the server do.
 """
@@ -28,8 +29,12 @@ from minisgl.radix_cache import RadixCache
 from minisgl.request import MAX_BIASES, Request, SamplingParams, TokenLogprobs
 from minisgl.resolve import resolve
 from minisgl.scheduler import Scheduler, Step
+from minisgl.structured import Matcher, fill_masks
 
 log = logging.getLogger("minisgl")
+
+# Forced tokens that are computed at once, in a step which is not captured. An estimate, to be measured.
+MIN_JUMP = 8
 
 DEFAULTS = SamplingParams(
     max_tokens=1024,
@@ -101,12 +106,13 @@ class EngineCore:
         index: int,
         scored_from: int | None = None,
         bans: Sequence[Sequence[int]] = (),
+        matcher: Matcher | None = None,
     ) -> Request:
         """Check a prompt and fill in the parameters that it leaves open; RequestError says what is wrong.
 
         `index` identifies the request for the caller. Where `params` has no seed, one is drawn from it and the engine's
-        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `bans`: see
-        `Request`.
+        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `bans`,
+        `matcher`: see `Request`.
         """
         max_len = self.engine.max_len
         if not len(prompt_ids):
@@ -138,7 +144,7 @@ class EngineCore:
         if scored_from is None and full.prompt_logprobs is not None:
             scored_from = 1
         total = min(len(ids) + full.max_tokens, max_len)
-        request = Request(index, ids, full, total, self.eos_ids, scored_from=scored_from, bans=bans)
+        request = Request(index, ids, full, total, self.eos_ids, scored_from=scored_from, bans=bans, matcher=matcher)
         if len(request.biases) > MAX_BIASES:
             raise RequestError(
                 f"logit_bias and, with min_tokens, the stop ids are {len(request.biases)} ids; at most {MAX_BIASES} "
@@ -212,12 +218,30 @@ class EngineCore:
         launched = InFlight(step) if step.num_tokens else None
         if launched:
             self._in_flight.append(launched)
-            launched.forward = self.engine.forward(step)
-            launched.results = StepResults(launched.forward)
+            masked = any(request.matcher for request in step.sampled)
+            launched.forward = self.engine.forward(step, masked=masked)
+            if not masked:
+                launched.results = StepResults(launched.forward)
         progressed = []
-        while len(self._in_flight) > (1 if launched and self.config.overlap else 0):
+        while len(self._in_flight) > (1 if launched else 0):
             progressed += self._finish(self._in_flight[0])
+        if launched and launched.results is None:
+            launched.results = StepResults(self._sample_masked(launched))
+        if launched and not self.config.overlap:
+            progressed += self._finish(launched)
         return progressed
+
+    def _sample_masked(self, launched: InFlight) -> Forward:
+        """Sample a step whose forward pass runs, within the grammars of its requests."""
+        assert launched.forward is not None
+        sampled = launched.step.sampled
+        asking = [place for place, request in enumerate(sampled) if request.matcher and request.counts]
+        matchers = [request.matcher for request in sampled if request.matcher and request.counts]
+        mask_of = np.full(len(sampled), -1, np.int32)
+        mask_of[asking] = np.arange(len(asking), dtype=np.int32)
+        masks = np.empty((len(asking), -(-self.model_config.vocab_size // 32)), np.int32)
+        fill_masks(matchers, masks)
+        return self.engine.sample(launched.forward, masks, mask_of)
 
     def _finish(self, oldest: InFlight) -> list[Request]:
         """Hand out a step's tokens and retire the requests that end with them."""
@@ -230,9 +254,25 @@ class EngineCore:
         if logprobs:
             _add_logprobs(step, ids, logprobs, set(progressed))
         for request in progressed:
+            if request.matcher:
+                self._advance(request, request.matcher)
             if request.finish_reason:
                 self.scheduler.retire(request)
         return progressed
+
+    def _advance(self, request: Request, matcher: Matcher) -> None:
+        """Go on in a request's grammar by its last token; append the tokens that must come next, if they are many."""
+        matcher.advance(int(request.tokens[request.num_tokens - 1]))
+        forced = [] if request.finish_reason or request.params.logprobs is not None else matcher.forced_tokens()
+        if len(forced) >= MIN_JUMP:
+            known = request.num_tokens
+            self.scheduler.extend(request, forced)
+            for token in request.tokens[known : request.num_tokens].tolist():
+                matcher.advance(token)
+        if matcher.error:
+            request.error, request.finish_reason = matcher.error, "error"
+        elif matcher.finished:
+            request.finish_reason = "stop"
 
 
 def _add_logprobs(step: Step, ids: npt.NDArray[np.int32], logprobs: HostLogprobs, progressed: set[Request]) -> None:

@@ -9,13 +9,14 @@ Knows text: tokenizer, chat template, stop strings, streams. What runs when, and
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
 
+from minisgl.chat import ChatFormat, ChatPrompt
 from minisgl.config import EngineConfig
 from minisgl.detokenizer import Detokenizer
 from minisgl.engine_core import EngineCore
@@ -23,6 +24,7 @@ from minisgl.errors import MinisglError, RequestError
 from minisgl.messages import Messages
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
+from minisgl.parsers.reasoning import END as END_OF_THINKING
 from minisgl.request import (
     CHOICE_STRIDE,
     MAX_BAN_TOKENS,
@@ -33,7 +35,8 @@ from minisgl.request import (
     TokenLogprobs,
     Usage,
 )
-from minisgl.tokenizer import Tokenizer, Tools
+from minisgl.structured import GrammarCompiler, Matcher, ResponseFormat
+from minisgl.tokenizer import Tokenizer
 from minisgl.weights import resolve_model
 
 Prompt = str | Sequence[int]
@@ -110,6 +113,12 @@ class LLM:
         self.config = self.core.config
         # Requests whose text is made while they run: for stop strings, or for a stream.
         self._outputs: dict[Request, Output] = {}
+        self._grammars: GrammarCompiler | None = None
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model writes conversations."""
+        return ChatFormat(self.tokenizer, self.config.reasoning_parser, self.config.tool_parser)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -128,23 +137,31 @@ class LLM:
         `params` is one for all, or one each. A prompt that cannot be served gets a result whose `error` says why; the
         others are answered. `progress` shows a bar on stderr.
         """
-        return self._answer([_attempt(self._encode, prompt) for prompt in _batch_of(prompts)], params, progress)
+        batch = _batch_of(prompts)
+        return self._answer(
+            [_attempt(self._encode, prompt) for prompt in batch], _one_each(params, len(batch)), progress
+        )
 
     def chat(
         self,
         conversations: Messages | Sequence[Messages],
         params: Params = None,
         *,
-        tools: Tools | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
+        **options: Any,
     ) -> list[Result]:
-        """Answer one or many conversations, each a list of {"role": ..., "content": ...}, as `generate` does. `tools`
-        and `template_kwargs` (such as {"enable_thinking": False}) go to the chat template."""
+        """Answer one or many conversations, each a list of {"role": ..., "content": ...}, as `generate` does.
+
+        Thinking and tool calls are in the results' `reasoning` and `tool_calls`, the rest is their text. `options` are
+        those of `ChatFormat.prompt`: tools, tool_choice, and template_kwargs such as {"enable_thinking": False}.
+        """
         one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         batch = cast("Sequence[Messages]", [conversations] if one else conversations)
-        template = partial(self.tokenizer.apply_chat_template, tools=tools, template_kwargs=template_kwargs)
-        return self._answer([_attempt(template, messages) for messages in batch], params, progress)
+        asked = [
+            _attempt(self.chat_format.prompt, messages, own, **options)
+            for messages, own in zip(batch, _one_each(params, len(batch)), strict=True)
+        ]
+        return self._answer(asked, [getattr(one, "params", SamplingParams()) for one in asked], progress)
 
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, progress: bool = False
@@ -170,11 +187,12 @@ class LLM:
         params = params or SamplingParams()
         if (params.n or 1) > 1:
             raise RequestError("a stream has one answer: leave n out, and make several streams")
+        asked: ChatPrompt | Sequence[int]
         if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            ids: Sequence[int] = self.tokenizer.apply_chat_template(cast("Messages", prompt))
+            asked = self.chat_format.prompt(cast("Messages", prompt), params)
         else:
-            ids = self._encode(cast("Prompt", prompt))
-        request = self.new_request(ids, params, index=0)
+            asked = self._encode(cast("Prompt", prompt))
+        [request] = self.new_requests(asked, params, index=0)
         self.submit([request], streamed=True)
         output = self._outputs[request]
         assert output.deltas is not None
@@ -196,6 +214,8 @@ class LLM:
     def close(self) -> None:
         """Give the device's memory back. The LLM cannot be used afterwards."""
         self._outputs.clear()
+        if self._grammars:
+            self._grammars.close()
         self.core.close()
 
     def __enter__(self) -> "LLM":
@@ -212,16 +232,28 @@ class LLM:
         return self.core.num_unfinished
 
     def new_request(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int, scored_from: int | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        index: int,
+        scored_from: int | None = None,
+        thinks: bool = False,
     ) -> Request:
-        """A request for `submit`; RequestError says what is wrong with it. See `EngineCore.new_request`."""
-        if self._tokenizer is None and (params.stop or params.bad_words):
-            name = "stop strings" if params.stop else "bad_words"
-            raise RequestError(f"{name} need a tokenizer, and the model's folder has none", "invalid_parameter")
+        """A request for `submit`; RequestError says what is wrong with it. See `EngineCore.new_request`. `thinks`: the
+        answer begins with thinking, which response_format leaves free."""
+        if self._tokenizer is None:
+            needs = ("stop", "bad_words", "response_format", "echo")
+            name = next((name for name in needs if getattr(params, name)), None)
+            if name:
+                raise RequestError(f"{name} needs a tokenizer, and the model's folder has none", "invalid_parameter")
         if params.truncate_prompt_tokens:
             prompt_ids = prompt_ids[-params.truncate_prompt_tokens :]
         bans = [ban for word in params.bad_words for ban in self._spellings(word)]
-        return self.core.new_request(prompt_ids, params, index=index, scored_from=scored_from, bans=bans)
+        matcher = self._matcher(params.response_format, thinks) if params.response_format else None
+        return self.core.new_request(
+            prompt_ids, params, index=index, scored_from=scored_from, bans=bans, matcher=matcher
+        )
 
     def submit(self, requests: list[Request], *, streamed: bool = False) -> None:
         """Queue a burst, ordered so that shared prefixes are neighbours."""
@@ -265,6 +297,13 @@ class LLM:
             raise RequestError(f"a prompt must be a string or a list of token ids, not {prompt!r}", "invalid_prompt")
         return cast("Sequence[int]", prompt)
 
+    def _matcher(self, response_format: ResponseFormat | Mapping[str, Any], thinks: bool) -> Matcher:
+        assert isinstance(response_format, ResponseFormat), "made one by SamplingParams"
+        if self._grammars is None:
+            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.core.eos_ids)
+        [end, *more] = self.tokenizer.encode_rendered([END_OF_THINKING])[0] if thinks else [None]
+        return self._grammars.compile(response_format).matcher(None if more else end)
+
     def _spellings(self, word: str) -> list[list[int]]:
         """The token ids of a bad word, at the start of a word and behind a space."""
         spellings = []
@@ -294,33 +333,48 @@ class LLM:
             raise RequestError("the continuation has no tokens: give it at least one", "invalid_prompt")
         return self.new_request(whole, params, index=index, scored_from=len(before))
 
-    def _answer(self, prompts: Sequence[Sequence[int] | RequestError], params: Params, progress: bool) -> list[Result]:
-        if isinstance(params, Sequence) and len(params) != len(prompts):
-            raise MinisglError(
-                f"there are {len(prompts)} prompts and {len(params)} params: give one for all, or one each"
-            )
-        each = params if isinstance(params, Sequence) else [params or SamplingParams()] * len(prompts)
-        wrong = next((one for one in each if not isinstance(one, SamplingParams)), None)
-        if wrong is not None:
-            raise MinisglError(f"params must be SamplingParams, one for all prompts or one each, not {wrong!r}")
+    def _answer(
+        self,
+        prompts: Sequence[Sequence[int] | ChatPrompt | RequestError],
+        params: Sequence[SamplingParams],
+        progress: bool,
+    ) -> list[Result]:
         made: list[Request | RequestError] = []
         counts = []
-        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            asked = (
-                prompt if isinstance(prompt, RequestError) else _attempt(self.new_requests, prompt, own, index=index)
-            )
-            made += [asked] if isinstance(asked, RequestError) else asked
-            counts.append(1 if isinstance(asked, RequestError) else len(asked))
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            if not isinstance(prompt, RequestError):
+                prompt = _attempt(self.new_requests, prompt, own, index=index)
+            choices = [prompt] if isinstance(prompt, RequestError) else cast("list[Request]", prompt)
+            made += choices
+            counts.append(len(choices))
         results = iter(self._run(made, progress))
-        grouped = [[next(results) for _ in range(count)] for count in counts]
-        return [first if not more else replace(first, choices=(first, *more)) for first, *more in grouped]
+        answers = []
+        for prompt, count in zip(prompts, counts, strict=True):
+            first, *more = (self._read(prompt, next(results)) for _ in range(count))
+            answers.append(replace(first, choices=(first, *more)) if more else first)
+        return answers
 
-    def new_requests(self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int) -> list[Request]:
+    def _read(self, prompt: object, answer: Result) -> Result:
+        """An answer to a conversation, with its thinking and tool calls apart."""
+        if not isinstance(prompt, ChatPrompt):
+            return answer
+        reader = self.chat_format.reader(prompt)
+        begun, rest = reader.push(answer.text), reader.finish()
+        return replace(
+            answer,
+            text=begun.content + rest.content,
+            reasoning=begun.reasoning + rest.reasoning,
+            tool_calls=begun.tool_calls + rest.tool_calls,
+        )
+
+    def new_requests(self, prompt: Sequence[int] | ChatPrompt, params: SamplingParams, *, index: int) -> list[Request]:
         """One request for each of the `n` answers; their seeds differ."""
+        thinks = isinstance(prompt, ChatPrompt) and prompt.thinks
+        prompt_ids = self.tokenizer.encode_rendered([prompt.text])[0] if isinstance(prompt, ChatPrompt) else prompt
         requests = []
         for place in range(params.n or 1):
             own = params if not place or params.seed is None else replace(params, seed=(params.seed + place) % 2**63)
-            requests.append(self.new_request(prompt_ids, own, index=index + place * CHOICE_STRIDE))
+            requests.append(self.new_request(prompt_ids, own, index=index + place * CHOICE_STRIDE, thinks=thinks))
         return requests
 
     def _run(self, made: Sequence[Request | RequestError], progress: bool) -> list[Result]:
@@ -372,6 +426,17 @@ def _batch_of(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
         raise MinisglError(f"prompts must be a string, a list of token ids or a list of these, not {prompts!r}")
     one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
     return cast("Sequence[Prompt]", [prompts] if one else prompts)
+
+
+def _one_each(params: Params, count: int) -> Sequence[SamplingParams]:
+    """The parameters of each prompt. MinisglError when they are none, or not as many."""
+    if isinstance(params, Sequence) and len(params) != count:
+        raise MinisglError(f"there are {count} prompts and {len(params)} params: give one for all, or one each")
+    each = params if isinstance(params, Sequence) else [params or SamplingParams()] * count
+    wrong = next((one for one in each if not isinstance(one, SamplingParams)), None)
+    if wrong is not None:
+        raise MinisglError(f"params must be SamplingParams, one for all prompts or one each, not {wrong!r}")
+    return each
 
 
 def _score(result: Result) -> Score:

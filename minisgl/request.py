@@ -5,13 +5,17 @@ Knows the life of one request on the host. Does not know tensors, scheduling pol
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from minisgl.config import check_fields, option
 from minisgl.errors import RequestError
+
+if TYPE_CHECKING:
+    from minisgl.parsers import ToolCall
+    from minisgl.structured import Matcher, ResponseFormat
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOP_STRINGS = 16
@@ -79,6 +83,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     bad_words: Sequence[str] = ()
     logit_bias: Mapping[int, float] | None = None
+    response_format: "ResponseFormat | Mapping[str, Any] | None" = None
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
@@ -89,6 +94,11 @@ class SamplingParams:
             raise RequestError("stop_token_ids must be a list of integers")
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias) or None)
+        if self.response_format is not None:
+            from minisgl.structured import ResponseFormat  # few requests have one
+
+            if not isinstance(self.response_format, ResponseFormat):
+                object.__setattr__(self, "response_format", ResponseFormat.from_openai(self.response_format))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -152,6 +162,7 @@ class Result:
 
     logprobs: of each output token; prompt_logprobs: of each prompt token but the first; None where not asked for.
     choices: with n > 1 all the answers, of which this one is the first.
+    reasoning, tool_calls: of an answer to a conversation, whose text is without them.
     """
 
     text: str
@@ -162,6 +173,8 @@ class Result:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     choices: tuple["Result", ...] = ()
+    reasoning: str = ""
+    tool_calls: "tuple[ToolCall, ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -183,7 +196,7 @@ class Request:
     tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or
     will be by the step in flight.
     `scored_from`: the first prompt token whose logprob is asked for, with `num_top` likeliest ones; None: none is.
-    `bans`: sequences of token ids that the output may not have.
+    `bans`: sequences of token ids that the output may not have. `matcher`: the grammar that the output follows.
     """
 
     def __init__(
@@ -196,6 +209,7 @@ class Request:
         *,
         scored_from: int | None = None,
         bans: Sequence[Sequence[int]] = (),
+        matcher: "Matcher | None" = None,
     ):
         self.index = index
         self.params = params
@@ -204,6 +218,7 @@ class Request:
         self.max_total = max_total
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self.bans = bans
+        self.matcher = matcher
         biases = {token: (bias, 0) for token, bias in (params.logit_bias or {}).items()}
         if params.min_tokens:
             may_stop = self.num_prompt + params.min_tokens
@@ -217,8 +232,6 @@ class Request:
             or (params.repetition_penalty or 1) != 1
         )
         self.scored_from = scored_from
-        # Pages of later tokens are computed whether the prefix tree has them or not.
-        self.num_shareable = max_total if scored_from is None else max(scored_from - 1, 0)
         self.tokens = np.empty(max_total, np.int32)
         self.tokens[: self.num_prompt] = prompt
         self.num_tokens = self.num_prompt
@@ -226,12 +239,11 @@ class Request:
         # The scheduler's:
         self.row: int | None = None
         self.pages: list[int] = []
-        self.num_shared = 0  # of the pages, the first that belong to the prefix tree
-        self.length = 0
-        self.decoding = False  # its last token was sampled in this row, and is the next input
         self.num_pending = 0  # tokens that steps in flight are sampling
+        self.num_dropped = 0  # of these, those that will not count
         self.was_preempted = False
         self.cached_tokens = 0  # of the prompt, found in the prefix tree and not computed
+        self.restart()
 
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -239,9 +251,22 @@ class Request:
         self.error: RequestError | None = None
         self.retired = False  # it ended or was aborted: what steps in flight still sample for it is dropped
 
+    def restart(self) -> None:
+        """Nothing is computed: at first, and after a preemption."""
+        self.length = 0
+        self.num_shared = 0  # of the pages, the first that belong to the prefix tree
+        self.decoding = False  # its last token was sampled in this row, and is the next input
+        # Tokens whose pages may come from the prefix tree, and enter it while the request runs.
+        self.num_shareable = self.max_total if self.scored_from is None else max(self.scored_from - 1, 0)
+
     @property
     def num_output(self) -> int:
         return self.num_tokens - self.num_prompt
+
+    @property
+    def counts(self) -> bool:
+        """Whether what steps in flight sample for it will be its next token."""
+        return not self.retired and not self.num_dropped
 
     @property
     def next_scored(self) -> int | None:

@@ -109,10 +109,23 @@ class Scheduler:
         got_token = []
         for request, token in zip(step.sampled, ids.tolist(), strict=True):
             request.num_pending -= 1
-            if not request.retired:
+            if request.num_dropped:
+                request.num_dropped -= 1
+            elif not request.retired:
                 request.append(token)
                 got_token.append(request)
         return got_token
+
+    def extend(self, request: Request, tokens: list[int]) -> None:
+        """Append output tokens that are known without sampling. They are computed together, like a chunk of a prompt;
+        what steps in flight sample for the request is dropped."""
+        request.num_dropped = request.num_pending
+        for token in tokens:
+            request.append(token)
+            if request.finish_reason:
+                return
+        request.decoding = False
+        request.num_shareable = request.num_shared * self.pool.page_size
 
     def retire(self, request: Request) -> None:
         """Take out a request that ended or was aborted; its whole pages stay in the prefix tree."""
@@ -132,6 +145,7 @@ class Scheduler:
             self._requeue(request)
         for request in step.sampled:
             request.num_pending -= 1
+            request.num_dropped = min(request.num_dropped, request.num_pending)
         if self.cache:
             self.pool.free(self.cache.forget_since(step.stamp))
 
@@ -291,8 +305,7 @@ class Scheduler:
         self._requeue(request)
 
     def _requeue(self, request: Request) -> None:
-        request.length = request.num_shared = 0
-        request.decoding = False
+        request.restart()
         request.was_preempted = True
         self.waiting.appendleft(request)
 

@@ -43,6 +43,11 @@ class Tokenizer:
         self._template_names = frozenset[str]().union(*map(names_read, templates))
 
     @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work; None when the model has a slow tokenizer only."""
+        return self._rust
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self.chat_template)
 

@@ -51,6 +51,11 @@ class ReasoningParser:
         self._trims = self._thinks  # line breaks that come now stand behind a tag
         self._held = ""  # text that later text decides on
 
+    @property
+    def may_think(self) -> bool:
+        """Whether thinking is open, or may begin with what comes next."""
+        return self._thinks or self._may_start
+
     def push(self, text: str) -> Delta:
         """Add the next piece of the answer; returns what later text cannot change."""
         reasoning = ""
