@@ -5,7 +5,6 @@ Parses flags, prints, sets the exit code. Everything about tasks and scores is i
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from minisgl.cli.progress import MODES
 from minisgl.cli.run import answer
 from minisgl.cli.tables import results_table
 from minisgl.errors import MinisglError
-from minisgl.evaluate.results import SAMPLES, check_folder, save_results, save_samples
+from minisgl.evaluate.results import SAMPLES
 from minisgl.evaluate.task import YAML_SUFFIXES, Task, load_task, presets, task_for
 
 EXAMPLES = """\b
@@ -66,6 +65,9 @@ Examples:
   minisgl eval --harness arc_easy,piqa -m path/to/model
   minisgl eval compare mmlu mmlu-0
 """
+
+
+HARNESS_SETTINGS = ("model", "engine", "limit", "few_shot", "chat", "system")  # that its tasks leave open
 
 
 class _Eval(OneLineErrors):
@@ -106,7 +108,6 @@ def _task_options(command: Any) -> Any:
 def evaluate(
     what: tuple[str, ...],
     output: Path | None,
-    model: str | None,
     allow_code: bool,
     progress: str,
     harness: str | None,
@@ -117,68 +118,36 @@ def evaluate(
     """Score a model on WHAT, and keep the rows behind the number."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `minisgl run`
     if harness is not None:
-        if what:
-            raise MinisglError("--harness brings its own data: leave WHAT out")
-        _run_harness(harness.split(","), include_path, output or Path("harness.eval"), model, settings, options)
-        return
-    from minisgl.evaluate.evaluation import Evaluation
+        folder = output or Path("harness.eval")
+        results = _harness(
+            harness, folder, include_path, {"WHAT": what, "allow_code": allow_code, **settings, **options}
+        )
+    else:
+        from minisgl.evaluate.evaluation import Evaluation
 
-    task, inputs = resolve(what, settings)
-    folder = output or Path(default_folder(what))
-    with Evaluation(task, inputs, folder, model=model, **options) as evaluation:
-        summary = answer(evaluation, progress) if evaluation.has_rows_left else Summary()
-        evaluation.finish()
-        results = evaluation.grade(summary, allow_code=allow_code)
+        task, inputs = resolve(what, settings)
+        folder = output or Path(default_folder(what))
+        with Evaluation(task, inputs, folder, **options) as evaluation:
+            summary = answer(evaluation, progress) if evaluation.has_rows_left else Summary()
+            evaluation.finish()
+            results = evaluation.grade(summary, allow_code=allow_code)
     click.echo(results_table(results))
     click.echo(f"samples  {folder / SAMPLES}", err=True)
     if results["rows_with_errors"]:
         sys.exit(ROWS_FAILED)
 
 
-HARNESS_SETTINGS = ("few_shot", "chat", "system")
+def _harness(tasks: str, folder: Path, include_path: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness; what they decide themselves must not have been given."""
+    sampling = given.pop("sampling")
+    for name, value in {**given, **sampling}.items():
+        if value and name not in HARNESS_SETTINGS:
+            flag = name if name.isupper() else "--" + name.replace("_", "-")
+            raise MinisglError(f"--harness: its tasks decide on that themselves: leave {flag} out")
+    from minisgl.evaluate.harness_tasks import run_tasks
 
-
-def _run_harness(
-    tasks: list[str],
-    include_path: str | None,
-    folder: Path,
-    model: str | None,
-    settings: dict[str, Any],
-    options: dict[str, Any],
-) -> None:
-    """Run tasks of lm-evaluation-harness, and keep their results as those of other tasks are kept."""
-    others = [name for name in settings if name not in HARNESS_SETTINGS]
-    others += [*options["sampling"], *(name for name in ("fresh", "retry_errors", "max_errors") if options[name])]
-    if others:
-        raise MinisglError(
-            f"--harness: its tasks have their own {others[0]}: leave --{others[0].replace('_', '-')} out"
-        )
-    check_folder(folder)
-    from minisgl.batch_run.job import revision
-    from minisgl.evaluate import harness
-    from minisgl.llm import LLM
-
-    with LLM(model, **options["engine"]) as llm:
-        started_s = time.perf_counter()
-        seed = int(options["engine"].get("seed", 0))
-        metrics, samples = harness.run(
-            llm, tasks, limit=options["limit"], seed=seed, include_path=include_path, **settings
-        )
-        seconds = time.perf_counter() - started_s
-    folder.mkdir(exist_ok=True)
-    results = {
-        "task": ",".join(tasks),
-        "metrics": metrics,
-        "rows": sum(1 for _ in save_samples(folder, samples)),
-        "rows_with_errors": 0,
-        "model": model or "demo",
-        "model_revision": revision(model),
-        "seed": seed,
-        "seconds": round(seconds, 3),
-        "settings": {"include_path": include_path, "limit": options["limit"], "engine": options["engine"], **settings},
-    }
-    click.echo(results_table(save_results(folder, results)))
-    click.echo(f"samples  {folder / SAMPLES}", err=True)
+    known = {name: given[name] for name in HARNESS_SETTINGS if name in given}
+    return run_tasks(tasks.split(","), folder, include_path=include_path, **known)
 
 
 def resolve(what: Sequence[str], settings: dict[str, Any]) -> tuple[Task, list[str]]:

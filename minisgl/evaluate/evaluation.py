@@ -118,8 +118,10 @@ class Evaluation(Job):
     # -- what a job asks for --
 
     def settings(self) -> dict[str, Any]:
-        asked = {name: value for name, value in asdict(self.task).items() if name not in GRADING}
-        return {**super().settings(), "task": asked, "examples": self.questions.examples_hash()}
+        settings = super().settings()
+        asked = asdict(self.task).items()
+        own = {name: value for name, value in asked if name not in settings and name not in GRADING}
+        return {**settings, **own, "examples": self.questions.examples_hash()}
 
     def open(self) -> list[Source]:
         return _open(self.options.inputs, self.options.split, self.target)

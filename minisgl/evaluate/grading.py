@@ -132,7 +132,7 @@ class Grader:
         return RIGHT if runs(f"{target[0]}{answer}\n{target[1]}") else WRONG
 
     def _choice(self, line: dict[str, Any]) -> Sample:
-        options, logprobs, target = line["options"], line["logprobs"], line["target"]
+        options, logprobs, target = line["options"], line["option_logprobs"], line["target"]
         best = likeliest(logprobs)
         best_norm = likeliest(logprobs, [len(shown(option)) for option in options])  # per character, as lm-eval does
         return {

@@ -6,19 +6,15 @@ Knows lm-eval's model class (https://github.com/EleutherAI/lm-evaluation-harness
 made as its own `hf` model makes them, so that both score the same tokens. Needs the extra `eval`.
 """
 
-import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from minisgl.errors import MinisglError
 
 try:
-    import lm_eval
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise MinisglError(
@@ -47,6 +43,7 @@ class MinisglLM(TemplateLM):  # type: ignore[misc]
         for ours in ("batch_size", "max_batch_size"):  # what lm-eval hands to every model; here steps are mixed
             options.pop(ours, None)
         self.llm = llm or LLM(model, **options)
+        self.num_tokens = 0  # of prompts and answers so far
         from transformers import AutoTokenizer  # slow to import; loaded by LLM anyway
 
         # lm-eval asks it for chat templates and names; the engine's own class of a tokenizer has neither.
@@ -107,6 +104,7 @@ class MinisglLM(TemplateLM):  # type: ignore[misc]
         answers = []
         for (key, _, _), score in zip(requests, scores, strict=True):
             _check(score)
+            self.num_tokens += score.num_prompt_tokens
             answers.append((score.logprob, score.is_greedy))
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answers[-1])
@@ -149,6 +147,7 @@ class MinisglLM(TemplateLM):  # type: ignore[misc]
         results = self.llm.generate(prompts, params, progress=not disable_tqdm)
         for request, result in zip(requests, results, strict=True):
             _check(result)
+            self.num_tokens += result.usage.prompt_tokens + result.usage.completion_tokens
             self.cache_hook.add_partial("generate_until", request.args, result.text)
         return [result.text for result in results]
 
@@ -161,82 +160,3 @@ class MinisglLM(TemplateLM):  # type: ignore[misc]
 def _check(answer: Score | Result) -> None:
     if answer.error:
         raise answer.error
-
-
-# -- `minisgl eval --harness` --
-
-
-def run(
-    llm: LLM,
-    tasks: Sequence[str],
-    *,
-    few_shot: int | None = None,
-    limit: int | None = None,
-    chat: bool = False,
-    system: str | None = None,
-    seed: int = 0,
-    include_path: str | None = None,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run tasks of lm-eval's library, or of the files in `include_path`. Returns rows of metrics and samples, as other
-    evaluations have them. MinisglError for a task that there is not."""
-    manager = TaskManager(include_path=include_path)
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            near = get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists them"
-            raise MinisglError(f"lm-evaluation-harness has no task {name!r}; {hint}")
-    found = lm_eval.simple_evaluate(
-        model=MinisglLM(llm),
-        tasks=list(tasks),
-        task_manager=manager,
-        num_fewshot=few_shot,
-        limit=limit,
-        apply_chat_template=chat,
-        system_instruction=system,
-        random_seed=seed,
-        fewshot_random_seed=seed,
-    )
-    return _metrics(found), _samples(found["samples"])
-
-
-def _metrics(found: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for task, values in found["results"].items():
-        for name, value in values.items():
-            metric, _, filtered_by = name.partition(",")
-            if metric.endswith("_stderr") or isinstance(value, (str, bool)) or not filtered_by:
-                continue
-            stderr = values.get(f"{metric}_stderr,{filtered_by}")
-            rows.append(
-                {
-                    "task": task,
-                    "metric": metric if filtered_by == "none" else f"{metric} ({filtered_by})",
-                    "value": float(value),
-                    "stderr": None if isinstance(stderr, str) or stderr is None else float(stderr),
-                    "stderr_by": "lm-eval",
-                    "n": found["n-samples"].get(task, {}).get("effective", 0),
-                }
-            )
-    return rows
-
-
-def _samples(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    samples: list[dict[str, Any]] = []
-    for task, rows in found.items():
-        for row in rows:
-            scores = {name: row[name] for name in row["metrics"] if isinstance(row[name], (int, float))}
-            verdict = "scored" if not scores else "right" if next(iter(scores.values())) == 1 else "wrong"
-            samples.append(
-                {
-                    "id": f"{task}/{row['doc_id']}",
-                    "index": len(samples),
-                    "group": task,
-                    "prompt": row["arguments"],
-                    "output": row["resps"],
-                    "answer": row["filtered_resps"],
-                    "target": row["target"],
-                    "verdict": verdict,
-                    "scores": {name: float(value) for name, value in scores.items()},
-                }
-            )
-    return json.loads(json.dumps(samples, default=str))  # type: ignore[no-any-return]  # documents hold anything

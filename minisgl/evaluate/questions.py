@@ -30,35 +30,38 @@ Example = tuple[int, str, str]  # index of its row, prompt, solution
 
 
 class Expression:
-    """A column by its name, or a Jinja expression over the columns, in Jinja's sandbox. MinisglError for neither.
-
-    names: the columns that it reads.
-    """
+    """A column by its name, or a Jinja expression over the columns, in Jinja's sandbox."""
 
     def __init__(self, source: str, setting: str):
         self.source, self.setting = source, setting
+        self._problem = ""
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
         try:
-            self.names = meta.find_undeclared_variables(environment.parse("{{" + source + "}}"))
+            self._names = meta.find_undeclared_variables(environment.parse("{{" + source + "}}"))
             self._evaluate = environment.compile_expression(source, undefined_to_none=False)
-        except TemplateError as error:
-            raise MinisglError(f"{setting}: {source!r} is neither a column nor a Jinja expression: {error}") from error
+        except TemplateError as error:  # it may still be a column, such as "right answer"
+            self._names, self._problem = {source}, f", which is no Jinja expression either ({error})"
 
     def __call__(self, columns: dict[str, Any]) -> Any:
         """The value for one row; RefusedRow when it has none."""
         if self.source in columns:
             return columns[self.source]
+        if missing := self.missing(columns):
+            refuse(missing)
         try:
             value = self._evaluate(**columns)
         except Exception as error:  # an expression may fail on a row in any way
             refuse(f"{self.setting} {self.source!r} failed: {error}")
         if isinstance(value, Undefined):
-            refuse(f"{self.setting} names {self.source!r}; the columns are: {', '.join(map(str, columns))}")
+            refuse(f"{self.setting} {self.source!r} is undefined: a key or an item that is not there")
         return value
 
-    def missing(self, columns: dict[str, Any]) -> list[str]:
-        """What it reads and the columns do not have."""
-        return [] if self.source in columns else sorted(self.names - set(columns))
+    def missing(self, columns: dict[str, Any]) -> str:
+        """In words, what it reads and the columns do not have; "" when they have it all."""
+        names = [] if self.source in columns else sorted(self._names - set(columns))
+        if not names:
+            return ""
+        return f"{self.setting} names {names[0]!r}{self._problem}; the columns are: {', '.join(map(str, columns))}"
 
 
 class Questions:
@@ -114,12 +117,13 @@ class Questions:
             named = next((name for name in TARGETS if name in columns), None)
             if named is None:
                 raise MinisglError(
-                    f"there is no column target or answer: name one with --target; the columns are: {_names(columns)}"
+                    "there is no column target or answer: name one with --target; the columns are: "
+                    + ", ".join(map(str, columns))
                 )
             self._target = Expression(named, "--target")
         for expression in (self._target, self._options, self._group, self._solution):
             if expression and (missing := expression.missing(columns)):
-                raise MinisglError(f"{expression.setting} names {missing[0]!r}; the columns are: {_names(columns)}")
+                raise MinisglError(missing)
 
     def _ask(self, row: Row, columns: dict[str, Any], learning: bool) -> Row:
         asked: dict[str, Any] = {}
@@ -178,13 +182,14 @@ class Questions:
 
 def right_option(target: Any, options: list[str | list[str]]) -> int:
     """The place of the right option, which may be named by its place, its letter or its text; RefusedRow otherwise."""
-    if isinstance(target, str) and target in options:
-        return options.index(target)
-    if isinstance(target, str) and len(target) == 1 and "A" <= target <= "Z":
-        target = ord(target) - ord("A")
-    if not isinstance(target, int) or isinstance(target, bool) or not 0 <= target < len(options):
-        refuse(f"the target {as_text(target)[:80]!r} is none of the {len(options)} options, by place, letter or text")
-    return target
+    if isinstance(target, int) and not isinstance(target, bool) and 0 <= target < len(options):
+        return target
+    text = as_text(target)
+    if text in options:
+        return options.index(text)
+    if len(text) == 1 and 0 <= ord(text) - ord("A") < len(options):
+        return ord(text) - ord("A")
+    refuse(f"the target {text[:80]!r} is none of the {len(options)} options, by place, letter or text")
 
 
 def _question(row: Row) -> str:
@@ -210,7 +215,3 @@ def _listed(value: Any) -> list[Any]:
     if value == []:
         refuse("the target is an empty list")
     return value if isinstance(value, list) else [value]
-
-
-def _names(columns: dict[str, Any]) -> str:
-    return ", ".join(map(str, columns))

@@ -1,6 +1,6 @@
 """Rows of the modes `choice` and `ppl`: loglikelihoods instead of text, written to the same journal as answers are.
 
-    choice   each option is a continuation of the prompt; the answer is the likeliest one   columns: logprobs
+    choice   each option is a continuation of the prompt; the answer is the likeliest one   columns: option_logprobs
     ppl      windows of the text, each token scored once   columns: logprob, num_tokens, num_words, num_bytes
 
 Knows the engine's `score` and its tokenizer. Does not know files or which answer is right. A context is prefilled once
@@ -98,8 +98,8 @@ class ScoreRun:
         self.summary.cached_tokens += usage.cached_tokens
         columns, text = dict(row.head.columns), ""
         if self.task.mode == "choice":
-            columns["logprobs"] = [score.logprob for score in scores]
-            text = shown(columns["options"][likeliest(columns["logprobs"])])
+            columns["option_logprobs"] = [score.logprob for score in scores]
+            text = shown(columns["options"][likeliest(columns["option_logprobs"])])
         else:
             text_scored = columns.pop("prompt")
             columns["logprob"] = sum(score.logprob for score in scores)
