@@ -1,4 +1,4 @@
-"""Token embedding: y[t] = weight[ids[t]], zeros for an id outside the vocabulary.
+"""Token embedding: y[t] = weight[ids[t] - first_id], zeros for an id that has no row.
 
 Ids are checked where requests enter; here a bad id must only not read out of bounds. Zeros are also what a rank that
 does not hold an id's row contributes to the sum over ranks.
@@ -16,11 +16,10 @@ from minisgl.kernels.launch import check, check_same, use_triton
 from minisgl.kernels.skinny_matmul import Stream, stream_reference
 
 
-def embedding_reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def embedding_reference(ids: torch.Tensor, weight: torch.Tensor, first_id: int = 0) -> torch.Tensor:
     """The same in torch; ids  # [T]; weight  # [V, D]; returns [T, D]."""
-    vocab = weight.shape[0]
-    y = weight[ids.long().clamp(0, vocab - 1)]
-    return y.masked_fill_(((ids < 0) | (ids >= vocab)).unsqueeze(1), 0)
+    vocab, rows = weight.shape[0], ids.long() - first_id
+    return weight[rows.clamp(0, vocab - 1)].masked_fill_(((rows < 0) | (rows >= vocab)).unsqueeze(1), 0)
 
 
 @triton.jit(do_not_specialize=["ids_ptr"])  # ids may be a slice of any alignment
@@ -32,6 +31,7 @@ def _embedding_kernel(
     scaled_ptr,
     squares_ptr,
     weight_stride,
+    FIRST_ID: tl.constexpr,
     VOCAB: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -43,7 +43,7 @@ def _embedding_kernel(
     cols = tl.program_id(0) % ROW_PROGRAMS * BLOCK + tl.arange(0, BLOCK)
     mask = cols < HIDDEN
     wait_for_previous_kernel(PDL)
-    row = tl.load(ids_ptr + token).to(tl.int64)
+    row = tl.load(ids_ptr + token).to(tl.int64) - FIRST_ID
     readable = tl.where((row >= 0) & (row < VOCAB), HIDDEN, 0)
     y = tl.load(weight_ptr + row * weight_stride + cols, mask=cols < readable, other=0.0)
     tl.store(y_ptr + token * HIDDEN + cols, y, mask=mask)
@@ -54,21 +54,23 @@ def _embedding_kernel(
         tl.store(squares_ptr + tl.program_id(0), tl.sum(wide * wide, 0))  # [T, ROW_PROGRAMS]
 
 
-def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of weight  # [V, D] named by ids  # [T] int32; an id outside [0, V) gives zeros.
+def embedding(ids: torch.Tensor, weight: torch.Tensor, first_id: int = 0) -> torch.Tensor:
+    """Rows of weight  # [V, D], which are of ids from `first_id` on, named by ids  # [T] int32; zeros where there is no
+    such row.
 
     Returns y  # [T, D] in weight's dtype. Raises ValueError for a wrong shape, stride, dtype or device.
     """
     _check(ids, weight)
     if not use_triton(weight):
-        return embedding_reference(ids, weight)
+        return embedding_reference(ids, weight, first_id)
     y = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    _launch(ids, weight, y)
+    _launch(ids, weight, y, first_id)
     return y
 
 
 def embedding_stream(ids: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Tensor, eps: float) -> Stream:
-    """`embedding` as the residual stream before the norm with norm_weight  # [D]; arguments and errors as there."""
+    """`embedding` as the residual stream before the norm with norm_weight  # [D]; arguments and errors as there, and
+    every id has a row."""
     _check(ids, weight)
     check(norm_weight.shape == weight.shape[1:], f"norm_weight: expected [{weight.shape[1]}]")
     check_same("norm_weight", norm_weight, device=weight.device, dtype=weight.dtype)
@@ -77,7 +79,7 @@ def embedding_stream(ids: torch.Tensor, weight: torch.Tensor, norm_weight: torch
     y = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
     parts = triton.cdiv(y.shape[1], _block(y.shape[1]))
     stream = Stream(y, torch.empty_like(y), torch.empty(len(y), parts, dtype=torch.float32, device=y.device), eps)
-    _launch(ids, weight, y, norm_weight, stream.scaled, stream.squares)
+    _launch(ids, weight, y, 0, norm_weight, stream.scaled, stream.squares)
     return stream
 
 
@@ -97,6 +99,7 @@ def _launch(
     ids: torch.Tensor,
     weight: torch.Tensor,
     y: torch.Tensor,
+    first_id: int,
     norm_weight: torch.Tensor | None = None,
     scaled: torch.Tensor | None = None,
     squares: torch.Tensor | None = None,
@@ -113,6 +116,7 @@ def _launch(
         scaled,
         squares,
         weight.stride(0),  # fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide
+        FIRST_ID=first_id,
         VOCAB=vocab,
         HIDDEN=hidden,
         BLOCK=block,

@@ -151,13 +151,35 @@ def draw_kept_block(
         limit *= TILE.list_growth
 
     cutoff = tl.maximum(smallest_of_key(key, SHAPE), min_p_cutoff)
+    _, block = draw_listed_block(
+        logits_row, list_ptr, num_listed, cutoff, largest, temperature, seed, position, 0, SHAPE, TILE
+    )
+    return block, cutoff
+
+
+@triton.jit
+def draw_listed_block(
+    logits_row,
+    list_ptr,
+    num_listed,
+    cutoff,
+    largest,
+    temperature,
+    seed,
+    position,
+    first_block,
+    SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """(its score, a listed block drawn by the mass of its tokens from `cutoff` on); first_block: number of block 0."""
     best = float("-inf")
     block = 0
     for start in range(0, num_listed, TILE.read_blocks):
         x, ids = load_listed(logits_row, list_ptr, start, num_listed, SHAPE, TILE.read_blocks)
         numbers = tl.min(ids, 1) // SHAPE.block
         kept_mass = tl.sum(tl.where(x >= cutoff, softmax_weights(x, largest, temperature), 0.0), 1)
-        score, first = first_best(tl.log(kept_mass) + gumbel(seed, position, numbers, streams.BLOCKS), numbers)
+        noise = gumbel(seed, position, first_block + numbers, streams.BLOCKS)
+        score, first = first_best(tl.log(kept_mass) + noise, numbers)
         block = tl.where(score > best, first, block)
         best = tl.maximum(best, score)
-    return block, cutoff
+    return best, block

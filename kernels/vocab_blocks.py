@@ -42,19 +42,24 @@ class Shape(NamedTuple):
     block: int = BLOCK
 
     @classmethod
-    def of(cls, logits: torch.Tensor) -> "Shape":
-        """The shape of logits  # [N, V]. Raises ValueError for a wrong shape, stride or dtype."""
+    def of(cls, logits: torch.Tensor, vocab: int | None = None) -> "Shape":
+        """The shape of logits  # [N, V], of which the columns from `vocab` on are padding.
+
+        Raises ValueError for a wrong shape, stride or dtype.
+        """
         check(logits.dim() == 2 and logits.shape[1] > 0, f"logits: expected [N, V], got {list(logits.shape)}")
         check(logits.stride(-1) == 1, "logits: last dimension must be contiguous")
         check(logits.dtype in UNUSED_BITS, f"logits: has dtype {logits.dtype}, expected float32, float16 or bfloat16")
-        vocab = logits.shape[1]
-        blocks = triton.cdiv(vocab, BLOCK)
+        columns = logits.shape[1]
+        vocab, blocks = columns if vocab is None else vocab, triton.cdiv(columns, BLOCK)
         return cls(vocab, UNUSED_BITS[logits.dtype], blocks, triton.next_power_of_2(blocks))
 
 
-def clean_reference(logits: torch.Tensor) -> torch.Tensor:
-    """fp32 logits with no NaN or +inf."""
+def clean_reference(logits: torch.Tensor, vocab: int | None = None) -> torch.Tensor:
+    """fp32 logits with no NaN or +inf, and -inf in the columns from `vocab` on."""
     clean: torch.Tensor = logits.float().nan_to_num(nan=-torch.inf, posinf=LARGEST.value, neginf=-torch.inf)
+    if vocab is not None:
+        clean[:, vocab:] = -torch.inf
     return clean
 
 
@@ -65,10 +70,13 @@ def blocks_reference(x: torch.Tensor) -> torch.Tensor:
 
 
 def summarize_blocks_reference(
-    logits: torch.Tensor, rows: torch.Tensor | None = None, temperature: torch.Tensor | None = None
+    logits: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    vocab: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in torch; see `summarize_blocks`."""
-    blocks = blocks_reference(clean_reference(logits))
+    blocks = blocks_reference(clean_reference(logits, vocab))
     largest = blocks.amax(-1)
     above = blocks - largest.clamp_min(-LARGEST.value)[..., None]
     if rows is not None and temperature is not None:
@@ -174,18 +182,22 @@ def _summarize_blocks_kernel(
 
 
 def summarize_blocks(
-    logits: torch.Tensor, rows: torch.Tensor | None = None, temperature: torch.Tensor | None = None
+    logits: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    temperature: torch.Tensor | None = None,
+    vocab: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest, mass)  # [N, B] fp32; mass is not written for a temperature below GREEDY_BELOW.
 
     logits       # [N, V] fp32, bf16 or fp16; rows may be strided
     rows         # [N] int32, row of the temperature table; -1: padding, takes row 0's
     temperature  # [R] fp32; without rows and temperature, it is 1
+    vocab        the columns from here on are padding, and count as -inf
 
     Rows must be inside the table (not checked: it would synchronise).
     Raises ValueError for a wrong shape, stride, dtype or device.
     """
-    shape = Shape.of(logits)
+    shape = Shape.of(logits, vocab)
     check((rows is None) == (temperature is None), "temperature: comes with rows, or neither is given")
     if rows is not None and temperature is not None:
         check(rows.shape == logits.shape[:1], f"rows: expected [{len(logits)}], got {list(rows.shape)}")
@@ -194,7 +206,7 @@ def summarize_blocks(
             check(x.is_contiguous(), f"{name}: must be contiguous")
             check_same(name, x, device=logits.device, dtype=dtype)
     if not use_triton(logits):
-        return summarize_blocks_reference(logits, rows, temperature)
+        return summarize_blocks_reference(logits, rows, temperature, vocab)
     largest, mass = torch.empty(2, len(logits), shape.blocks, dtype=torch.float32, device=logits.device).unbind()
     if len(logits):
         # The stride is fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide.

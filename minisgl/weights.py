@@ -1,6 +1,6 @@
-"""Where a model is, and its safetensors -> the decoder's parameters.
+"""Where a model is, and its safetensors -> the decoder's parameters, of which a rank reads its slices alone.
 
-Knows checkpoint files and the Hugging Face hub. Does not know families: `Decoder.tensors()` says what goes where.
+Knows checkpoint files and the Hugging Face hub. Does not know families: `Decoder.targets()` says what goes where.
 Only safetensors are read: never pickle, never code from the checkpoint.
 """
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from minisgl.errors import MinisglError
+from minisgl.layers import Target
 from minisgl.models.config import read_json
 from minisgl.models.decoder import Decoder
 
@@ -49,14 +50,15 @@ def resolve_model(model: str) -> Path:
 
 
 def load_weights(decoder: Decoder, folder: Path, load_format: str = "auto", seed: int = 0) -> None:
-    """Fill the decoder's parameters: "auto" from the folder's safetensors, "dummy" with seeded random numbers.
+    """Fill the decoder's parameters: "auto" from the folder's safetensors, "dummy" with seeded random numbers, which
+    are the same at any number of ranks.
 
     Raises MinisglError when tensors are missing, unknown or of another shape, before anything is copied.
     """
     if load_format == "dummy":
         _draw_dummy(decoder, seed)
         return
-    targets = decoder.tensors()
+    targets = decoder.targets()
     with ExitStack() as stack:
         sources: dict[str, Any] = {}  # tensor name -> the open file that holds it
         for path in checkpoint_files(folder):
@@ -69,10 +71,7 @@ def load_weights(decoder: Decoder, folder: Path, load_format: str = "auto", seed
         _check_complete(folder, targets, sources)
 
         def copy(name: str) -> None:
-            source, target = sources[name].get_tensor(name), targets[name]  # the source is a view of the mapped file
-            if source.dtype != target.dtype:
-                source = source.to(target.device)  # convert on the device, from the smaller copy over the bus
-            target.copy_(source)
+            _fill(targets[name], sources[name].get_slice(name))  # its slices are views of the mapped file
 
         # One thread on a CPU: there the copies themselves are parallel.
         with ThreadPoolExecutor(COPY_THREADS if decoder.device.type == "cuda" else 1) as pool:
@@ -102,13 +101,26 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_complete(folder: Path, targets: dict[str, torch.Tensor], sources: dict[str, Any]) -> None:
+def _fill(target: Target, source: Any) -> None:
+    """Copy what this rank holds of a tensor, or of a stored one of which slices are read; fill the rest with zeros."""
+    if target.cut.num_real < target.cut.size:
+        target.parameter.zero_()
+    for at, start, length in target.cut.pieces:
+        indices = slice(start, start + length)
+        piece = source[indices] if target.dim == 0 else source[:, indices]
+        into = target.parameter.narrow(target.dim, at, length)
+        if piece.dtype != into.dtype:
+            piece = piece.to(into.device)  # convert on the device, from the smaller copy over the bus
+        into.copy_(piece)
+
+
+def _check_complete(folder: Path, targets: dict[str, Target], sources: dict[str, Any]) -> None:
     """One MinisglError for everything that does not fit, so that the user need not try again for each."""
     shapes = {name: sources[name].get_slice(name).get_shape() for name in targets if name in sources}
     wrong = [
-        f"{name} is {shape}, expected {list(targets[name].shape)}"
+        f"{name} is {shape}, expected {targets[name].shape}"
         for name, shape in shapes.items()
-        if shape != list(targets[name].shape)
+        if shape != targets[name].shape
     ]
     problems = {
         "missing": [name for name in targets if name not in sources],
@@ -127,11 +139,13 @@ def _is_harmless(name: str, decoder: Decoder) -> bool:
 
 def _draw_dummy(decoder: Decoder, seed: int) -> None:
     generator = torch.Generator(decoder.device).manual_seed(seed)
-    for name, target in decoder.tensors().items():
+    for name, target in decoder.targets().items():
         if name.endswith("norm.weight"):
-            target.fill_(1.0)
-        else:
-            target.normal_(0.0, DUMMY_STD, generator=generator)
+            target.parameter.fill_(1.0)
+        elif target.cut.is_whole:
+            target.parameter.normal_(0.0, DUMMY_STD, generator=generator)
+        else:  # the whole tensor is drawn, and cut: a generator cannot be asked for a slice
+            _fill(target, target.parameter.new_empty(target.shape).normal_(0.0, DUMMY_STD, generator=generator))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ from minisgl import weights
 from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
+from minisgl.parallel import ParallelGroup
+from minisgl.shards import Ranks
 from minisgl.weights import load_weights, resolve_model
 from tests.tiny_models import make
 
@@ -29,8 +31,8 @@ def folder(originals, tmp_path):
 
 def new_decoder(folder, dtype=torch.float32):
     decoder = Decoder(ModelConfig.from_folder(folder), device=CPU, dtype=dtype, max_len=32)
-    for parameter in decoder.tensors().values():
-        parameter.fill_(torch.nan)
+    for target in decoder.targets().values():
+        target.parameter.fill_(torch.nan)
     return decoder
 
 
@@ -42,8 +44,8 @@ def change(folder, **changes):
 
 
 def assert_holds(decoder, tensors):
-    for name, parameter in decoder.tensors().items():
-        assert torch.equal(parameter, tensors[name].to(parameter.dtype)), name
+    for name, target in decoder.targets().items():
+        assert torch.equal(target.parameter, tensors[name].to(target.parameter.dtype)), name
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-yarn"])  # untied; tied and with biases; with qk norms
@@ -51,7 +53,7 @@ def test_every_tensor_arrives(originals, name):
     decoder = new_decoder(originals[name])
     load_weights(decoder, originals[name])
     stored = load_file(originals[name] / "model.safetensors")
-    assert stored.keys() == decoder.tensors().keys()
+    assert stored.keys() == decoder.targets().keys()
     assert_holds(decoder, stored)
 
 
@@ -172,7 +174,41 @@ def test_dummy_weights(folder):
     assert torch.equal(first.lm_head, same.lm_head)
     assert not torch.equal(first.lm_head, other.lm_head)
     assert torch.equal(first.norm.weight, torch.ones(72))
-    assert all(x.isfinite().all() for x in first.tensors().values())
+    assert all(target.parameter.isfinite().all() for target in first.targets().values())
+
+
+class Member(ParallelGroup):
+    """One of several ranks, which exchange nothing while they load."""
+
+    def __init__(self, rank, size):
+        self.ranks = Ranks(rank, size)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3-yarn"])
+def test_ranks_hold_slices_of_the_same_weights(originals, name, size, load_format):
+    folder, config = originals[name], ModelConfig.from_folder(originals[name])
+    whole = new_decoder(folder)
+    load_weights(whole, folder, load_format)
+    seen = {key: torch.zeros_like(target.parameter) for key, target in whole.targets().items()}
+    for rank in range(size):
+        decoder = Decoder(config, device=CPU, dtype=torch.float32, max_len=32, group=Member(rank, size))
+        for target in decoder.targets().values():
+            target.parameter.fill_(torch.nan)
+        load_weights(decoder, folder, load_format)
+        for key, target in decoder.targets().items():
+            held = target.parameter.clone()
+            for at, start, length in target.cut.pieces:
+                piece = held.narrow(target.dim, at, length)
+                full = whole.targets()[key].parameter.narrow(target.dim, start, length)
+                assert torch.equal(piece, full), key
+                seen[key].narrow(target.dim, start, length).add_(1)
+                piece.zero_()
+            assert torch.equal(held, torch.zeros_like(held)), key  # what pads a slice
+    for key, times in seen.items():
+        shared = "norm" in key or "k_proj" in key or "v_proj" in key
+        assert times.min() >= 1 and (shared or times.max() == 1), key
 
 
 # -- where a model is --

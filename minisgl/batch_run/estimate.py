@@ -62,7 +62,7 @@ def estimate(options: JobOptions) -> str:
         totals = _count(job, config, tokenizer, defaults.max_tokens or DEFAULT_MAX_TOKENS)
     dtype: torch.dtype = getattr(torch, config.dtype)
     decoder = Decoder(model, device=torch.device("meta"), dtype=dtype, max_len=1)
-    parameters = sum(tensor.numel() for tensor in decoder.tensors().values())
+    parameters = sum(target.parameter.numel() for target in decoder.targets().values())
     weight_bytes = parameters * dtype.itemsize
     kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize  # a token
     mean_len = (totals.prompt_tokens + totals.output_tokens) / max(1, totals.samples)

@@ -10,24 +10,26 @@ from minisgl.kernels.attention_decode import attention_decode, attention_decode_
 from minisgl.kernels.attention_prefill import attention_prefill
 from minisgl.kernels.rotary import Rotary, rotary_store
 from minisgl.kernels.skinny_matmul import Stream
-from minisgl.layers import Empty
-from minisgl.layers.linear import Linear
+from minisgl.layers import Empty, Target
+from minisgl.layers.linear import Linear, SummedLinear
 from minisgl.layers.rms_norm import RMSNorm
 from minisgl.models.config import ModelConfig
+from minisgl.parallel import ParallelGroup
+from minisgl.shards import Shard
 
 
 class Attention:
-    """q, k and v in one matmul; q/k norm, rotary embedding, KV store and attention in one launch or three; then o."""
+    """q, k and v in one matmul; q/k norm, rotary embedding, KV store and attention in one launch or three; then o.
+    A rank computes its heads, and a part of the sum over all."""
 
-    def __init__(self, empty: Empty, config: ModelConfig, window: int):
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+    def __init__(self, empty: Empty, config: ModelConfig, window: int, shard: Shard, group: ParallelGroup):
+        self.num_heads, self.head_dim = shard.q_heads.size, config.head_dim
         self.eps = config.rms_norm_eps
         self.window = window
         self.scale = config.head_dim**-0.5
-        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        qkv_parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv = Linear(empty, config.hidden_size, qkv_parts, bias=config.qkv_bias)
-        self.o = Linear(empty, q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
+        q, kv = shard.q_heads.times(self.head_dim), shard.kv_heads.times(self.head_dim)
+        self.qkv = Linear(empty, config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias)
+        self.o = SummedLinear(empty, q, "o_proj", config.hidden_size, group, bias=config.o_bias)
         self.q_norm = empty(self.head_dim) if config.qk_norm else None
         self.k_norm = empty(self.head_dim) if config.qk_norm else None
 
@@ -39,7 +41,7 @@ class Attention:
         v_cache: torch.Tensor,
         cos_sin: torch.Tensor,
     ) -> torch.Tensor:
-        """x  # [T, hidden] -> [T, hidden]. Stores the keys and values of the batch in this layer's
+        """x  # [T, hidden] -> this rank's part of [T, hidden]. Stores the keys and values of the batch in this layer's
         k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
         qkv = self.qkv(x)
         out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
@@ -105,8 +107,8 @@ class Attention:
     def _rotary(self, cos_sin: torch.Tensor) -> Rotary:
         return Rotary(cos_sin, self.q_norm, self.k_norm, self.eps)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        found = self.qkv.tensors() | self.o.tensors()
+    def targets(self) -> dict[str, Target]:
+        found = self.qkv.targets() | self.o.targets()
         if self.q_norm is not None and self.k_norm is not None:
-            found |= {"q_norm.weight": self.q_norm, "k_norm.weight": self.k_norm}
+            found |= {"q_norm.weight": Target.uncut(self.q_norm), "k_norm.weight": Target.uncut(self.k_norm)}
         return found

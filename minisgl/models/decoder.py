@@ -4,6 +4,7 @@ Knows the order of layers and the residual stream. Does not know files, scheduli
 between calls: the KV cache is passed.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,23 +12,33 @@ import torch
 from minisgl.batch import Batch, KVCache
 from minisgl.kernels.launch import use_triton
 from minisgl.kernels.skinny_matmul import Stream, normed_matmul, row_borders
-from minisgl.layers import Empty, join
+from minisgl.layers import Empty, Target, join
 from minisgl.layers.attention import Attention
 from minisgl.layers.embedding import Embedding
 from minisgl.layers.mlp import MLP
-from minisgl.layers.rms_norm import RMSNorm
+from minisgl.layers.rms_norm import RMSNorm, SummedRMSNorm
 from minisgl.models.config import ModelConfig
 from minisgl.models.rope import cos_sin_table
+from minisgl.parallel import ParallelGroup
+from minisgl.shards import Shard
 
 
 class DecoderLayer:
     """Attention and MLP, each behind an RMS norm that first adds its input to the residual."""
 
-    def __init__(self, empty: Empty, config: ModelConfig, window: int):
-        self.attention_norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(empty, config, window)
-        self.mlp_norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(empty, config)
+    def __init__(
+        self,
+        empty: Empty,
+        new_norm: Callable[[], RMSNorm],
+        config: ModelConfig,
+        window: int,
+        shard: Shard,
+        group: ParallelGroup,
+    ):
+        self.attention_norm = new_norm()
+        self.attention = Attention(empty, config, window, shard, group)
+        self.mlp_norm = new_norm()
+        self.mlp = MLP(empty, config, shard, group)
 
     def decode(
         self,
@@ -42,7 +53,7 @@ class DecoderLayer:
         stream = self.attention.decode(stream, batch, keys, values, cos_sin, self.mlp_norm)
         return self.mlp.decode(stream, norm_after)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def targets(self) -> dict[str, Target]:
         return join(
             {
                 "input_layernorm": self.attention_norm,
@@ -57,20 +68,34 @@ class Decoder:
     """The model. Its parameters are uninitialised until `weights.load_weights` fills them.
 
     max_len: longest text in tokens, the length of the rotary table.
+    group: the ranks that hold the model together; each has a `shard` of it, this one alone when none is given.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, max_len: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_len: int,
+        group: ParallelGroup | None = None,
+    ):
+        group = group or ParallelGroup()
         self.config = config
+        self.shard = shard = Shard.of(config, group.ranks)
         self.device, self.dtype = device, dtype
         empty = partial(torch.empty, device=device, dtype=dtype)
-        self.embed = Embedding(empty, config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(empty, config, window) for window in config.windows]
-        self.norm = RMSNorm(empty, config.hidden_size, config.rms_norm_eps)
+        new_norm: Callable[[], RMSNorm] = partial(RMSNorm, empty, config.hidden_size, config.rms_norm_eps)
+        if group.size > 1:
+            new_norm = partial(SummedRMSNorm, empty, config.hidden_size, config.rms_norm_eps, group)
+        self.embed = Embedding(empty, shard.vocab, shard.first_id, config.hidden_size, group)
+        self.layers = [DecoderLayer(empty, new_norm, config, window, shard, group) for window in config.windows]
+        self.norm = new_norm()
         self.norms_after = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]  # what reads each layer
         tied = config.tie_word_embeddings
-        self.lm_head = self.embed.weight if tied else empty(config.vocab_size, config.hidden_size)  # [V, hidden]
+        self.lm_head = self.embed.weight if tied else empty(shard.vocab.size, config.hidden_size)  # [V, hidden]
         # Borders of the decode batches of `_decode`: a residual times a norm's weight may be too large for float16.
-        fused = use_triton(self.lm_head) and dtype != torch.float16
+        fused = use_triton(self.lm_head) and dtype != torch.float16 and group.sums_into_streams
         self.stream_borders = row_borders(dtype, device) if fused else [0]
         self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_len, device)  # [max_len, D] fp32
 
@@ -107,10 +132,10 @@ class Decoder:
             stream = layer.decode(stream, batch, keys, values, self.cos_sin, norm_after)
         return normed_matmul(stream, self.lm_head)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every checkpoint tensor's name and the parameter rows that it fills."""
+    def targets(self) -> dict[str, Target]:
+        """Every checkpoint tensor's name and the parameter rows that it fills on this rank."""
         layers = {f"model.layers.{index}": layer for index, layer in enumerate(self.layers)}
         found = join({"model.embed_tokens": self.embed, **layers, "model.norm": self.norm})
         if not self.config.tie_word_embeddings:
-            found["lm_head.weight"] = self.lm_head
+            found["lm_head.weight"] = Target(self.lm_head, self.shard.vocab)
         return found

@@ -35,6 +35,14 @@ def test_unknown_ids_give_zeros(device, dtype):
     assert torch.equal(out, embedding_reference(ids, weight))
 
 
+def test_slices_of_a_table_add_up(device, dtype):
+    weight = torch.randn(70, 33, device=device, dtype=dtype)
+    ids = torch.tensor([0, 63, 64, 69, 70, -1], device=device, dtype=torch.int32)
+    parts = [embedding(ids, weight[:64]), embedding(ids, weight[64:], 64)]
+    assert torch.equal(sum(parts), embedding(ids, weight))
+    assert torch.equal(parts[1], embedding_reference(ids, weight[64:], 64))
+
+
 def test_reads_a_strided_table_and_writes_every_value(device, dtype, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))

@@ -50,6 +50,17 @@ def test_broken_logits(device, function):
     assert mass.tolist() == [[0.0, 1.0, 2.0, 1.0]]
 
 
+@pytest.mark.parametrize("function", [summarize_blocks, summarize_blocks_reference])
+@pytest.mark.parametrize("vocab", [0, 1, 64, 100, 192])
+def test_padding_counts_for_nothing(device, dtype, function, vocab):
+    logits = torch.randn(3, 3 * BLOCK, device=device).to(dtype)
+    largest, mass = function(logits, vocab=vocab)
+    logits[:, vocab:] = -torch.inf
+    expected_largest, expected_mass = function(logits)
+    assert torch.equal(largest, expected_largest)
+    assert torch.equal(mass, expected_mass)
+
+
 @pytest.mark.parametrize(
     "name, change",
     [

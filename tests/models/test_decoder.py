@@ -18,13 +18,12 @@ CPU = torch.device("cpu")
 class PagedModel:
     """A decoder with a small KV cache, whose rows have scattered pages and whose unused slots are NaN."""
 
-    def __init__(self, folder):
-        self.decoder = Decoder(
-            ModelConfig.from_folder(folder), device=CPU, dtype=torch.float32, max_len=PAGE_SIZE * PAGES_PER_ROW
-        )
-        load_weights(self.decoder, folder)
-        config = self.decoder.config
-        shape = (config.num_layers, ROWS * PAGES_PER_ROW, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    def __init__(self, folder, group=None, load_format="auto"):
+        config, max_len = ModelConfig.from_folder(folder), PAGE_SIZE * PAGES_PER_ROW
+        self.decoder = Decoder(config, device=CPU, dtype=torch.float32, max_len=max_len, group=group)
+        load_weights(self.decoder, folder, load_format)
+        kv_heads = self.decoder.shard.kv_heads.size
+        shape = (config.num_layers, ROWS * PAGES_PER_ROW, PAGE_SIZE, kv_heads, config.head_dim)
         self.kv = KVCache(torch.full(shape, torch.nan), torch.full(shape, torch.nan))
         pages = torch.randperm(ROWS * PAGES_PER_ROW, generator=torch.Generator().manual_seed(0))
         self.page_table = pages.view(ROWS, PAGES_PER_ROW).int()

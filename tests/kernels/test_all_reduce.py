@@ -1,0 +1,38 @@
+"""Sums over ranks that are processes with shared memory, through the interpreter: regions, epochs and signals.
+
+The interpreter's loads and stores are those of a CPU, and its atomics are in order: what is not seen here is the
+memory order of GPUs. `bench/all_reduce.py` checks sums on them.
+"""
+
+import pytest
+import torch
+
+from minisgl.kernels.all_reduce import sum_and_norm_reference, sum_into_stream_reference, sum_of_ranks_reference
+from tests.rank_scripts import SUMS, terms
+from tests.ranks import run_ranks
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_sums(num_ranks, tmp_path, assert_close):
+    all_found = run_ranks("sums", num_ranks, tmp_path, tmp_path, environment=[("TRITON_INTERPRET", "1")])
+    for step, (rows, hidden, dtype) in enumerate(SUMS):
+        parts = [terms(step, rank, rows, hidden, dtype)[0].double() for rank in range(num_ranks)]
+        _, residual, weight = (x.double() for x in terms(step, 0, rows, hidden, dtype))
+        found = [of_rank[step] for of_rank in all_found]
+        for of_rank in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(of_rank, found[0], strict=True))  # the same bits
+        if step % 4 == 3:
+            assert torch.equal(found[0][0].double(), torch.stack(parts))
+        elif len(found[0]) == 1:
+            assert_close(found[0][0], sum_of_ranks_reference(parts))
+        elif len(found[0]) == 2:
+            expected = sum_and_norm_reference(parts, residual, weight, 1e-6)
+            assert_close(found[0][0], expected)
+            assert_close(found[0][1], residual)
+        else:
+            stream = sum_into_stream_reference(parts, residual if step % 4 == 1 else None, weight, 1e-6)
+            assert_close(found[0][0], stream.residual)
+            assert_close(found[0][1], stream.scaled)
+            torch.testing.assert_close(found[0][2].sum(1).double(), stream.squares.squeeze(1), rtol=1e-2, atol=0)
+    kinds = {len(of_step) for of_step in all_found[0]}
+    assert kinds == {1, 2, 3}  # every launcher took part
