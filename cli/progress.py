@@ -73,14 +73,15 @@ def _cached(summary: Summary) -> float:
 def closing_table(job: Job, summary: Summary) -> str:
     """What was done, for a person."""
     before = f" ({job.num_done:,} of them before)" if job.num_done else ""
-    lines = [
-        f"rows     {job.output.num_rows:,}{before}, {job.output.num_failed:,} with errors",
-        f"tokens   {summary.prompt_tokens:,} prompt ({_cached(summary):.0%} from the cache), "
-        f"{summary.output_tokens:,} output",
-        f"speed    {summary.output_tokens / summary.seconds:,.0f} output tokens/s, "
-        f"{summary.rows / summary.seconds:,.1f} rows/s, {summary.seconds:.1f} s",
-        f"results  {job.output.target}",
-    ]
+    lines = [f"rows     {job.output.num_rows:,}{before}, {job.output.num_failed:,} with errors"]
+    if summary.rows:
+        lines += [
+            f"tokens   {summary.prompt_tokens:,} prompt ({_cached(summary):.0%} from the cache), "
+            f"{summary.output_tokens:,} output",
+            f"speed    {summary.output_tokens / summary.seconds:,.0f} output tokens/s, "
+            f"{summary.rows / summary.seconds:,.1f} rows/s, {summary.seconds:.1f} s",
+        ]
+    lines.append(f"results  {job.output.target}")
     if not job.output.num_rows:
         lines.append("The input has no rows.")
     if summary.num_errors:
