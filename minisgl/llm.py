@@ -297,8 +297,7 @@ class LLM:
             raise RequestError(f"a prompt must be a string or a list of token ids, not {prompt!r}", "invalid_prompt")
         return cast("Sequence[int]", prompt)
 
-    def _matcher(self, response_format: ResponseFormat | Mapping[str, Any], thinks: bool) -> Matcher:
-        assert isinstance(response_format, ResponseFormat), "made one by SamplingParams"
+    def _matcher(self, response_format: ResponseFormat, thinks: bool) -> Matcher:
         if self._grammars is None:
             self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.core.eos_ids)
         [end, *more] = self.tokenizer.encode_rendered([END_OF_THINKING])[0] if thinks else [None]

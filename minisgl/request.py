@@ -15,7 +15,7 @@ from minisgl.errors import RequestError
 
 if TYPE_CHECKING:
     from minisgl.parsers import ToolCall
-    from minisgl.structured import Matcher, ResponseFormat
+    from minisgl.structured import Matcher
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOP_STRINGS = 16
@@ -83,7 +83,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     bad_words: Sequence[str] = ()
     logit_bias: Mapping[int, float] | None = None
-    response_format: "ResponseFormat | Mapping[str, Any] | None" = None
+    response_format: Any = None  # a structured.ResponseFormat, or OpenAI's object, of which it is made
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)

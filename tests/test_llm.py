@@ -308,10 +308,10 @@ def test_a_step_too_large_for_the_memory_makes_steps_smaller(folder, monkeypatch
         llm.reset_prefix_cache()
         run = llm.core.engine.forward
 
-        def run_small(step):
+        def run_small(step, **options):
             if step.num_tokens > 60:
                 raise torch.OutOfMemoryError("no memory")
-            return run(step)
+            return run(step, **options)
 
         monkeypatch.setattr(llm.core.engine, "forward", run_small)
         assert [result.token_ids for result in llm.generate(prompts, GREEDY)] == expected
@@ -319,7 +319,7 @@ def test_a_step_too_large_for_the_memory_makes_steps_smaller(folder, monkeypatch
         llm.reset_prefix_cache()
         assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
 
-        def never(step):
+        def never(step, **options):
             raise torch.OutOfMemoryError("no memory")
 
         monkeypatch.setattr(llm.core.engine, "forward", never)
