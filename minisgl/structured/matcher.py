@@ -74,8 +74,6 @@ class Matcher:
             if token_id == self._after_id:
                 self._after_id = None
             return
-        if self.ll.is_stopped() and token_id in self.grammar.vocabulary.eos_ids:
-            return
         if not self.ll.consume_token(token_id):
             self._fail(self.ll.get_error())
 
@@ -85,12 +83,14 @@ class Matcher:
         if self.error is not None or self.is_waiting or self.ll.is_stopped():
             return []
         tokens = self.ll.compute_ff_tokens()
-        if tokens and not self.grammar.names_tokens:
-            ids = np.asarray(tokens)
-            if (self.grammar.vocabulary.special[ids // 32] >> ids % 32 & 1).any():
-                self.error = _error(NO_TOKEN)
-                return []
-        return tokens
+        if not tokens:
+            return []
+        vocabulary, ids = self.grammar.vocabulary, np.asarray(tokens)
+        row = vocabulary.known & ~vocabulary.eos
+        if not self.grammar.names_tokens:
+            row &= ~vocabulary.special
+        fits = (row[ids // 32] >> ids % 32 & 1).astype(bool)
+        return tokens if fits.all() else tokens[: int(fits.argmin())]  # the mask of the first that does not fit says why
 
     def fill_mask(self, mask: Ints) -> None:
         """Write the tokens that may come next into `mask`  # [W] int32, contiguous."""

@@ -33,7 +33,8 @@ class GrammarProbe:
     def try_grammar(self, grammar: str) -> tuple[str, str]:
         """(what is wrong with it or "", the grammar in Lark) of one in Lark or GBNF."""
         with self._lock:
-            if self._child is None:
+            if self._child is None or self._child.poll() is not None:  # it may have been killed while it waited
+                self._kill()
                 self._start()
             try:
                 reason, lark = self._ask(grammar, self._timeout_s)
