@@ -118,8 +118,8 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             windows=_windows(given, family, num_layers),
             dtype=_dtype(given),
-            eos_ids=token_ids(given.get("eos_token_id")),
-            bos_id=next(iter(token_ids(given.get("bos_token_id"))), None),
+            eos_ids=token_ids(given, "eos_token_id"),
+            bos_id=next(iter(token_ids(given, "bos_token_id")), None),
         )
 
 
@@ -136,14 +136,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+def token_ids(raw: dict[str, Any], key: str) -> tuple[int, ...]:
     """A token-id entry of a config file, which may be absent, one id or a list, as a tuple. ValueError for others."""
-    if value is None:
-        return ()
-    ids = value if isinstance(value, list) else [value]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool):
-            raise ValueError(f"token id {token!r} is not an integer")
+    value = raw.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"{key} is {value!r}; it must be a token id or a list of them")
     return tuple(ids)
 
 

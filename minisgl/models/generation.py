@@ -30,7 +30,7 @@ def generation_defaults(folder: Path, config: ModelConfig, tokenizer_eos_id: int
     path = folder / "generation_config.json"
     raw = read_json(path) if path.is_file() else {}
     try:
-        eos_ids = token_ids(raw.get("eos_token_id")) or config.eos_ids
+        eos_ids = token_ids(raw, "eos_token_id") or config.eos_ids
         sampling = SamplingParams(**{key: raw[key] for key in SAMPLING_KEYS if raw.get(key) is not None})
     except ValueError as error:
         raise MinisglError(f"{path}: {error}; correct the file or remove it") from error

@@ -59,7 +59,11 @@ def test_sampling(tmp_path, generation, expected):
 
 @pytest.mark.parametrize(
     "generation, reason",
-    [({"top_p": 2}, "top_p is 2"), ({"eos_token_id": "</s>"}, "'</s>' is not"), ({"eos_token_id": [2, [3]]}, "[3] is")],
+    [
+        ({"top_p": 2}, "top_p is 2"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        ({"eos_token_id": [2, [3]]}, "[2, [3]]"),
+    ],
 )
 def test_a_value_that_cannot_be_used_names_the_file(tmp_path, generation, reason):
     with pytest.raises(MinisglError, match=rf"generation_config.json: .*{re.escape(reason)}"):
