@@ -18,13 +18,15 @@ from minisgl.kernels.attention_cascade import CascadeTiles
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Prompt tokens whose logprobs are asked for; int32. Places are among the tokens of `Batch.sample_index`."""
+class Kept:
+    """What a step makes of hidden states beside samples; int32. Places are among the tokens of `Batch.sample_index`."""
 
     sampled: torch.Tensor  # [N] places of the tokens that are sampled
-    places: torch.Tensor  # [scored] places of the tokens that precede the scored ones
-    ids: torch.Tensor  # [scored] the scored tokens
+    before_scored: torch.Tensor  # [scored] places of the tokens that precede prompt tokens whose logprobs are asked for
+    scored_ids: torch.Tensor  # [scored] these prompt tokens
     num_top: int  # likeliest tokens that are asked for beside each
+    pooled: torch.Tensor  # [pooled] places of the tokens whose hidden states are summed, chunk after chunk
+    pool_sizes: torch.Tensor  # [chunks that pool] how many of them each chunk has
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,12 @@ class Batch:
     max_decode_len: int  # bound on kv_lens[:B], known on the host
     cu_seqlens: torch.Tensor  # [S - B + 1] offsets of the chunks' tokens, counted from token B; starts with 0
     tiles: torch.Tensor  # [num_tiles, 2] (chunk, query block) of each prefill attention tile
-    sample_index: torch.Tensor  # [N] packed tokens whose logits are sampled; with `scored`, all that leave the model
+    sample_index: torch.Tensor  # [N] packed tokens whose logits are sampled; with `kept`, all that leave the model
     sample_rows: torch.Tensor  # [N] row of each sample
     sample_positions: torch.Tensor  # [N] place of the sampled token in its text
     page_table: torch.Tensor  # [R, M] page ids of each row
     cascade: CascadeTiles | None = None  # decoding sequences that attend to a shared prefix together
-    scored: Scored | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisgl.batch import Batch, KVCache, Scored
+from minisgl.batch import Batch, Kept, KVCache
 from minisgl.cascade import CascadePlanner, packed_length
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
@@ -127,21 +127,26 @@ class Engine:
         self, batch: Batch, kv: KVCache, wanted: Wanted = NOTHING_MORE, longest: int = 0, masked: bool = False
     ) -> Forward:
         """The forward pass, and the sampling unless it waits for masks; no sampled position is above `longest`."""
-        scored = None
-        if batch.scored is None:
+        scored, pooled = None, None
+        if batch.kept is None:
             logits = self.model.forward(batch, kv)
         else:
             hidden = self.model.hidden(batch, kv)
-            logits = self.model.logits(hidden[batch.scored.sampled])
-            scored = self._score(hidden, batch.scored)
-        made = Forward(wanted, longest, batch.sample_rows, batch.sample_positions, logits=logits, scored=scored)
+            logits = self.model.logits(hidden[batch.kept.sampled])
+            scored = self._score(hidden, batch.kept) if len(batch.kept.scored_ids) else None
+            pooled = _pool(hidden, batch.kept) if len(batch.kept.pooled) else None
+        made = Forward(
+            wanted, longest, batch.sample_rows, batch.sample_positions, logits=logits, scored=scored, pooled=pooled
+        )
         return made if masked else self._sample(made)
 
-    def _score(self, hidden: torch.Tensor, scored: Scored) -> Logprobs:
+    def _score(self, hidden: torch.Tensor, kept: Kept) -> Logprobs:
         """Logprobs of prompt tokens, a few at a time: memory does not grow with the prompt."""
         parts = [
-            logprobs(self.model.logits(hidden[places]), ids, scored.num_top)
-            for places, ids in zip(scored.places.split(SCORED_TOKENS), scored.ids.split(SCORED_TOKENS), strict=True)
+            logprobs(self.model.logits(hidden[before]), ids, kept.num_top)
+            for before, ids in zip(
+                kept.before_scored.split(SCORED_TOKENS), kept.scored_ids.split(SCORED_TOKENS), strict=True
+            )
         ]
         return Logprobs(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -304,3 +309,8 @@ class Engine:
         if config.max_len > capacity:
             log.warning("max_len is lowered from %d to %d, the tokens that the KV pages hold", config.max_len, capacity)
         return replace(config, num_pages=num_pages, max_len=min(config.max_len, capacity))
+
+
+def _pool(hidden: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """Sums of hidden states  # [chunks that pool, hidden] fp32."""
+    return torch.segment_reduce(hidden[kept.pooled].float(), "sum", lengths=kept.pool_sizes.long())

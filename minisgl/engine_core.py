@@ -26,7 +26,7 @@ from minisgl.models.generation import GenerationDefaults
 from minisgl.page_pool import PagePool
 from minisgl.planner import plan_order
 from minisgl.radix_cache import RadixCache
-from minisgl.request import MAX_BIASES, Request, SamplingParams, TokenLogprobs
+from minisgl.request import MAX_BIASES, Pooling, Request, SamplingParams, TokenLogprobs
 from minisgl.resolve import resolve
 from minisgl.scheduler import Scheduler, Step
 from minisgl.structured import Matcher, fill_masks
@@ -105,14 +105,15 @@ class EngineCore:
         *,
         index: int,
         scored_from: int | None = None,
+        pooling: Pooling | None = None,
         bans: Sequence[Sequence[int]] = (),
         matcher: Matcher | None = None,
     ) -> Request:
         """Check a prompt and fill in the parameters that it leaves open; RequestError says what is wrong.
 
         `index` identifies the request for the caller. Where `params` has no seed, one is drawn from it and the engine's
-        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `bans`,
-        `matcher`: see `Request`.
+        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `pooling`,
+        `bans`, `matcher`: see `Request`.
         """
         max_len = self.engine.max_len
         if not len(prompt_ids):
@@ -144,7 +145,17 @@ class EngineCore:
         if scored_from is None and full.prompt_logprobs is not None:
             scored_from = 1
         total = min(len(ids) + full.max_tokens, max_len)
-        request = Request(index, ids, full, total, self.eos_ids, scored_from=scored_from, bans=bans, matcher=matcher)
+        request = Request(
+            index,
+            ids,
+            full,
+            total,
+            self.eos_ids,
+            scored_from=scored_from,
+            pooling=pooling,
+            bans=bans,
+            matcher=matcher,
+        )
         if len(request.biases) > MAX_BIASES:
             raise RequestError(
                 f"logit_bias and, with min_tokens, the stop ids are {len(request.biases)} ids; at most {MAX_BIASES} "
@@ -246,10 +257,12 @@ class EngineCore:
     def _finish(self, oldest: InFlight) -> list[Request]:
         """Hand out a step's tokens and retire the requests that end with them."""
         assert oldest.results is not None
-        ids, logprobs, scored = oldest.results.wait()
+        ids, logprobs, scored, pooled = oldest.results.wait()
         step = self._in_flight.popleft().step
         if scored:
             _add_prompt_logprobs(step, scored)
+        if pooled is not None:
+            _add_hidden_sums(step, pooled)
         progressed = self.scheduler.complete(step, ids)
         if logprobs:
             _add_logprobs(step, ids, logprobs, set(progressed))
@@ -293,6 +306,18 @@ def _add_prompt_logprobs(step: Step, scored: HostLogprobs) -> None:
                 token, num_top = int(request.tokens[position]), request.params.prompt_logprobs or 0
                 request.prompt_logprobs.append(_token_logprobs(token, scored, place, num_top))
             place += 1
+
+
+def _add_hidden_sums(step: Step, pooled: npt.NDArray[np.float32]) -> None:
+    """Give the requests that ask for an embedding what a step adds to it; a first chunk begins anew."""
+    pools = [chunk for chunk in step.chunks if chunk.pooled[0] < chunk.pooled[1]]
+    for chunk, hidden_sum in zip(pools, pooled, strict=True):
+        request, (first, last) = chunk.request, chunk.pooled
+        if request.pooling == "last" or first == 0:
+            request.hidden_sum, request.num_pooled = hidden_sum.copy(), last
+        elif first == request.num_pooled and request.hidden_sum is not None:
+            request.hidden_sum += hidden_sum
+            request.num_pooled = last
 
 
 def _token_logprobs(token: int, logprobs: HostLogprobs, place: int, num_top: int) -> TokenLogprobs:

@@ -64,6 +64,7 @@ class Forward:
     ids: torch.Tensor | None = None  # [N] int32
     logprobs: Logprobs | None = None  # of the sampled tokens
     scored: Logprobs | None = None  # of the prompt tokens that the step's chunks score, in their order
+    pooled: torch.Tensor | None = None  # [chunks that pool, hidden] fp32, their sums of hidden states
 
     def first(self, count: int) -> "Forward":
         """The same of the first samples alone: without padding."""
@@ -76,6 +77,15 @@ class Forward:
         return Forward(self.wanted, self.longest, rows, positions, cut(self.logits), cut(self.ids), logprobs)
 
 
+class HostResults(NamedTuple):
+    """What a step gave, on the host; see `Forward`."""
+
+    ids: Ints
+    logprobs: HostLogprobs | None
+    scored: HostLogprobs | None
+    pooled: npt.NDArray[np.float32] | None
+
+
 class StepResults:
     """What a sampled step gives, on its way to the host."""
 
@@ -85,19 +95,19 @@ class StepResults:
         self._ids = _to_host(forward.ids)
         self._logprobs = forward.logprobs and Logprobs(*map(_to_host, forward.logprobs))
         self._scored = forward.scored and Logprobs(*map(_to_host, forward.scored))
+        self._pooled = None if forward.pooled is None else _to_host(forward.pooled)
         if forward.ids.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def wait(self) -> tuple[Ints, HostLogprobs | None, HostLogprobs | None]:
-        """The ids  # [N], their logprobs, and those of the scored prompt tokens. This is the one place where the host
-        waits for the device."""
+    def wait(self) -> HostResults:
+        """The results. This is the one place where the host waits for the device."""
         if self._event is not None:
             self._event.synchronize()
         ids: Ints = self._ids.numpy()
         logprobs = HostLogprobs(*(x.numpy() for x in self._logprobs)) if self._logprobs else None
         scored = HostLogprobs(*(x.numpy() for x in self._scored)) if self._scored else None
-        return ids, logprobs, scored
+        return HostResults(ids, logprobs, scored, None if self._pooled is None else self._pooled.numpy())
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +28,8 @@ from minisgl.parsers.reasoning import END as END_OF_THINKING
 from minisgl.request import (
     CHOICE_STRIDE,
     MAX_BAN_TOKENS,
+    Embedding,
+    Pooling,
     Request,
     Result,
     SamplingParams,
@@ -181,6 +183,32 @@ class LLM:
         ]
         return [_score(result) for result in self._run(made, progress)]
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        progress: bool = False,
+    ) -> list[Embedding]:
+        """A vector of each prompt, in their order: the last layer's normed hidden state of the last token, or the mean
+        over all tokens; of length 1 if normalised."""
+        if pooling not in get_args(Pooling):
+            raise MinisglError(f"pooling is {pooling!r}; it must be one of {', '.join(get_args(Pooling))}")
+        params = SamplingParams(max_tokens=1, temperature=0)
+        made = []
+        for index, prompt in enumerate(_batch_of(prompts)):
+            ids = _attempt(self._encode, prompt)
+            failed = isinstance(ids, RequestError)
+            made.append(ids if failed else _attempt(self.new_request, ids, params, index=index, pooling=pooling))
+        results = self._run(made, progress)
+        return [
+            Embedding(np.zeros(0, np.float32), 0, one)
+            if isinstance(one, RequestError)
+            else _embedding(one, result, normalize)
+            for one, result in zip(made, results, strict=True)
+        ]
+
     def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Answer one prompt or conversation piece by piece. Ending the iteration early aborts the request. Raises
         RequestError for a prompt that cannot be served."""
@@ -238,6 +266,7 @@ class LLM:
         *,
         index: int,
         scored_from: int | None = None,
+        pooling: Pooling | None = None,
         thinks: bool = False,
     ) -> Request:
         """A request for `submit`; RequestError says what is wrong with it. See `EngineCore.new_request`. `thinks`: the
@@ -252,7 +281,7 @@ class LLM:
         bans = [ban for word in params.bad_words for ban in self._spellings(word)]
         matcher = self._matcher(params.response_format, thinks) if params.response_format else None
         return self.core.new_request(
-            prompt_ids, params, index=index, scored_from=scored_from, bans=bans, matcher=matcher
+            prompt_ids, params, index=index, scored_from=scored_from, pooling=pooling, bans=bans, matcher=matcher
         )
 
     def submit(self, requests: list[Request], *, streamed: bool = False) -> None:
@@ -449,6 +478,14 @@ def _score(result: Result) -> Score:
         cached_tokens=result.usage.cached_tokens,
         error=result.error,
     )
+
+
+def _embedding(request: Request, result: Result, normalize: bool) -> Embedding:
+    assert request.hidden_sum is not None
+    vector = request.hidden_sum / (request.num_prompt if request.pooling == "mean" else 1)
+    if normalize:
+        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    return Embedding(vector.astype(np.float32), result.usage.prompt_tokens, result.error)
 
 
 def _attempt(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

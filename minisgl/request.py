@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minisgl.parsers import ToolCall
     from minisgl.structured import Matcher
 
+Pooling = Literal["last", "mean"]
 FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 32
@@ -190,13 +191,22 @@ class Score:
     error: RequestError | None = None
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """The vector of a text  # [hidden] fp32; `error` is None unless there is none."""
+
+    vector: npt.NDArray[np.float32]
+    num_tokens: int = 0
+    error: RequestError | None = None
+
+
 class Request:
     """A request inside the engine: its tokens, and where the scheduler has it.
 
     tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or
     will be by the step in flight.
-    `scored_from`: the first prompt token whose logprob is asked for, with `num_top` likeliest ones; None: none is.
-    `bans`: sequences of token ids that the output may not have. `matcher`: the grammar that the output follows.
+    scored_from: the first prompt token whose logprob is asked for; None: none is. pooling: the embedding that is asked
+    for. bans: sequences of token ids that the output may not have. matcher: the grammar that the output follows.
     """
 
     def __init__(
@@ -208,6 +218,7 @@ class Request:
         eos_ids: frozenset[int],
         *,
         scored_from: int | None = None,
+        pooling: Pooling | None = None,
         bans: Sequence[Sequence[int]] = (),
         matcher: "Matcher | None" = None,
     ):
@@ -217,6 +228,9 @@ class Request:
         self.num_prompt = len(prompt)
         self.max_total = max_total
         self.stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+        self.pooling = pooling
+        self.hidden_sum: npt.NDArray[np.float32] | None = None  # [hidden], of the first `num_pooled` tokens
+        self.num_pooled = 0
         self.bans = bans
         self.matcher = matcher
         biases = {token: (bias, 0) for token, bias in (params.logit_bias or {}).items()}
@@ -258,6 +272,8 @@ class Request:
         self.decoding = False  # its last token was sampled in this row, and is the next input
         # Tokens whose pages may come from the prefix tree, and enter it while the request runs.
         self.num_shareable = self.max_total if self.scored_from is None else max(self.scored_from - 1, 0)
+        if self.pooling == "mean":  # of all tokens
+            self.num_shareable = 0
 
     @property
     def num_output(self) -> int:
@@ -278,7 +294,8 @@ class Request:
     @property
     def num_matchable(self) -> int:
         """Known tokens that may come from the prefix cache: a token whose successor is scored must be computed."""
-        return self.num_tokens if self.next_scored is None else min(self.num_tokens, self.num_shareable)
+        needs_all = self.next_scored is not None or self.pooling == "mean"
+        return min(self.num_tokens, self.num_shareable) if needs_all else self.num_tokens
 
     @property
     def output_ids(self) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from minisgl.batch import Batch, Scored
+from minisgl.batch import Batch, Kept
 from minisgl.kernels.attention_cascade import CascadeTiles
 from minisgl.kernels.attention_prefill import prefill_tiles
 from minisgl.kernels.prepare_step import prepare_step
@@ -56,7 +56,7 @@ class RowTable:
         table_entries, pages = self._table_updates(step)
         each_decode = np.arange(num_decode, dtype=np.int32)
         sample_index = np.concatenate([each_decode, num_decode + cu_seqlens[1:][ends_prompt] - 1])
-        kept, scored, scored_ids = keep_scored(step, num_decode + cu_seqlens, sample_index)
+        kept_index, kept = keep(step, num_decode + cu_seqlens, sample_index)
         on_device = upload(
             self.device,
             rows=ints([request.row for request in decodes] + [chunk.request.row for chunk in chunks]),
@@ -66,10 +66,8 @@ class RowTable:
             cu_seqlens=cu_seqlens,
             tiles=prefill_tiles(counts, starts + counts, self.query_block).ravel(),
             sample_sequence=np.concatenate([each_decode, num_decode + np.flatnonzero(ends_prompt)]),
-            sample_index=kept,
-            sampled=np.searchsorted(kept, sample_index).astype(np.int32),
-            scored=scored,
-            scored_ids=scored_ids,
+            sample_index=kept_index,
+            **kept,
             table_entries=table_entries,
             pages=pages,
             params=pack_params(step.new_rows),
@@ -110,15 +108,14 @@ class RowTable:
             sample_positions=prepared.kv_lens[sample_sequence] if chunks else prepared.kv_lens,
             page_table=self.page_table,
             cascade=CascadeTiles.unpack(on_device["cascade"], num_decode, tile_members) if step.cascade else None,
-            scored=self._scored(step, on_device) if len(scored) else None,
+            kept=self._kept(step, {name: on_device[name] for name in kept}) if kept else None,
         )
 
     @staticmethod
-    def _scored(step: Step, on_device: dict[str, torch.Tensor]) -> Scored:
+    def _kept(step: Step, arrays: dict[str, torch.Tensor]) -> Kept:
         num_top = max(chunk.request.params.prompt_logprobs or 0 for chunk in step.chunks)
-        # clone: a kernel's input whose alignment varies with the parts before it
-        ids = on_device["scored_ids"].clone()
-        return Scored(on_device["sampled"], on_device["scored"], ids, num_top)
+        # clone: a kernel reads them, and must not find the alignment that they have behind other parts
+        return Kept(num_top=num_top, **{name: array.clone() for name, array in arrays.items()})
 
     def load_decode(self, step: Step, changed: Sequence[tuple[torch.Tensor, Ints]]) -> None:
         """Bring the page table up to date for a step of decodes only, and each of the `changed` int32 inputs."""
@@ -189,20 +186,31 @@ class RowTable:
         self.seed[rows] = params[:, 5:7].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
 
 
-def keep_scored(step: Step, offsets: Ints, sample_index: Ints) -> tuple[Ints, Ints, Ints]:
-    """(packed tokens that leave the model, ascending; places among them of those whose successors are scored; the
-    scored ids), for a step whose chunks begin at `offsets`."""
-    scored, ids = [], []
+def keep(step: Step, offsets: Ints, sample_index: Ints) -> tuple[Ints, dict[str, Ints]]:
+    """(packed tokens that leave the model, ascending; the arrays of `Kept` by name) for a step whose chunks begin at
+    `offsets`. The arrays are empty where no chunk scores or pools."""
+    before, ids, pooled = [], [], []
     for chunk, offset in zip(step.chunks, offsets.tolist(), strict=False):
-        first, last = chunk.scored
-        if first < last:
-            scored.append(np.arange(first - 1, last - 1, dtype=np.int32) + offset - chunk.start)
-            ids.append(chunk.request.tokens[first:last])
-    if not scored:
-        return sample_index, ints([]), ints([])
-    before = np.concatenate(scored)
-    kept = np.union1d(sample_index, before)
-    return kept, np.searchsorted(kept, before).astype(np.int32), np.concatenate(ids)
+        shift = offset - chunk.start
+        before.append(np.arange(chunk.scored[0], chunk.scored[1], dtype=np.int32) - 1 + shift)
+        ids.append(chunk.request.tokens[slice(*chunk.scored)])
+        pooled.append(np.arange(*chunk.pooled, dtype=np.int32) + shift)
+    sizes = [len(one) for one in pooled if len(one)]
+    if not sizes and not any(map(len, ids)):
+        return sample_index, {}
+    index = np.unique(np.concatenate([sample_index, *before, *pooled]))
+    before_scored, pooled_places, sampled = (
+        np.searchsorted(index, np.concatenate([ints([]), *tokens])).astype(np.int32)
+        for tokens in (before, pooled, [sample_index])
+    )
+    scored_ids = np.concatenate([ints([]), *ids])
+    return index, {
+        "sampled": sampled,
+        "before_scored": before_scored,
+        "scored_ids": scored_ids,
+        "pooled": pooled_places,
+        "pool_sizes": ints(sizes),
+    }
 
 
 def pack_params(requests: list[Request]) -> Ints:

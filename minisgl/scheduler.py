@@ -35,6 +35,14 @@ class Chunk:
     samples: bool  # the chunk ends the prompt: its last token's logits are sampled
     scored: tuple[int, int] = (0, 0)  # prompt tokens [first, last) get their logprobs from this chunk
 
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """Tokens [first, last) whose hidden states count for the request's embedding."""
+        end = self.start + self.count
+        if self.request.pooling == "mean":
+            return self.start, end
+        return (end - 1, end) if self.request.pooling == "last" and self.samples else (end, end)
+
 
 @dataclass
 class Step:

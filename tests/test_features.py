@@ -288,3 +288,32 @@ def test_parameters_out_of_range_are_refused(asked, words):
 def test_parameters_that_do_not_fit_the_model_are_error_results(llm, asked, words):
     [result] = llm.generate([[1, 2]], greedy(8, **asked))
     assert (words in str(result.error)) if words else result.error is None
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_equal_the_hidden_states_of_transformers(folder, llm, model, pooling):
+    """In chunks, beside a request that decodes, and twice: the cache must not shorten a mean."""
+    prompts = [*PROMPTS, PROMPTS[1]]
+    with torch.inference_mode():
+        states = [model.model(torch.tensor([prompt])).last_hidden_state[0] for prompt in prompts]
+    expected = [state[-1] if pooling == "last" else state.mean(0) for state in states]
+    llm.generate(prompts, greedy())
+    neighbour = llm.stream([9, 9], greedy(100))
+    next(neighbour)
+    for normalize in (False, True):
+        found = llm.embed(prompts, pooling=pooling, normalize=normalize)
+        assert [one.num_tokens for one in found] == [len(prompt) for prompt in prompts]
+        for one, vector in zip(found, expected, strict=True):
+            wanted = vector / vector.norm() if normalize else vector
+            torch.testing.assert_close(torch.from_numpy(one.vector), wanted, atol=1e-4, rtol=1e-4)
+    neighbour.close()
+    with LLM(folder, **SMALL, num_pages=12) as small:  # preempted
+        for one, again in zip(small.embed(prompts * 3, pooling=pooling), found * 3, strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(one.vector), torch.from_numpy(again.vector), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_an_embedding_of_a_bad_prompt_has_an_error(llm):
+    [bad, good] = llm.embed([[VOCAB_SIZE], [1]])
+    assert "outside" in str(bad.error) and good.error is None and len(good.vector) == 60

@@ -90,7 +90,7 @@ class Matcher:
         if not self.grammar.names_tokens:
             row &= ~vocabulary.special
         fits = (row[ids // 32] >> ids % 32 & 1).astype(bool)
-        return tokens if fits.all() else tokens[: int(fits.argmin())]  # the mask of the first that does not fit says why
+        return tokens if fits.all() else tokens[: int(fits.argmin())]  # a mask says why
 
     def fill_mask(self, mask: Ints) -> None:
         """Write the tokens that may come next into `mask`  # [W] int32, contiguous."""
