@@ -140,6 +140,10 @@ class Engine:
         )
         return made if masked else self._sample(made)
 
+    def run_key(self, batch: Batch, key: Key) -> Forward:
+        """The step that a graph is made of."""
+        return self._run(batch, self.kv, key.wanted, key.bound, key.masked)
+
     def _score(self, hidden: torch.Tensor, kept: Kept) -> Logprobs:
         """Logprobs of prompt tokens, a few at a time: memory does not grow with the prompt."""
         parts = [
@@ -196,11 +200,7 @@ class Engine:
     def _new_graphs(self) -> DecodeGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
             return None
-
-        def run(batch: Batch, key: Key) -> Forward:
-            return self._run(batch, self.kv, key.wanted, key.bound, key.masked)
-
-        return DecodeGraphs(self.rows, run, self.config.max_graph_batch)
+        return DecodeGraphs(self.rows, self.run_key, self.config.max_graph_batch)
 
     # -- memory --
 

@@ -66,6 +66,11 @@ class Forward:
     scored: Logprobs | None = None  # of the prompt tokens that the step's chunks score, in their order
     pooled: torch.Tensor | None = None  # [chunks that pool, hidden] fp32, their sums of hidden states
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What the step made, and where."""
+        made = [self.positions, self.logits, self.ids, *(self.logprobs or ()), *(self.scored or ()), self.pooled]
+        return [x for x in made if x is not None]
+
     def first(self, count: int) -> "Forward":
         """The same of the first samples alone: without padding."""
 
@@ -111,5 +116,5 @@ class StepResults:
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:
-    """The tensor, or its copy in pinned memory, which is complete when the stream comes to it."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) if x.is_cuda else x
+    """Its copy on the host, complete when the stream comes to it: the next replay overwrites what is captured."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
