@@ -101,15 +101,12 @@ class RowParser:
             if is_batch_line(values):
                 head = read_batch_head(values, head)
                 return self._with_chat(read_batch_row(values, head, self.defaults, self.n))
+            if isinstance(value, dict):
+                self._check_table(value)
             if self.template or self.prompt_column is not None:
-                question, used = self._map(values, is_table=isinstance(value, dict))
+                question, used = self._map(values)
                 head = Head(index, head.key, _lenient_id(values, index), place, self._carry(values, used))
                 return self._with_chat(Row(head, self.defaults, n=self.n, **question))
-            if isinstance(value, dict) and not any(name in values for name in SOURCES):
-                raise MinisglError(
-                    "the table has no column prompt: name one with --prompt-column or make prompts with --template; "
-                    f"its columns are: {', '.join(map(str, values))}"
-                )
             id_ = values.get("id")
             head = Head(index, head.key, index if id_ is None else read_id(id_), place, self._carry(values, {*KEYS}))
             self._check_keys(values)
@@ -129,22 +126,33 @@ class RowParser:
             refuse(f"a row must be a JSON object, not {kind(values)}")
         return values
 
-    def _map(self, values: dict[str, Any], is_table: bool) -> tuple[dict[str, Any], set[str]]:
+    def _check_table(self, table: dict[str, Any]) -> None:
+        """MinisglError when flags name columns that a table has not, or none of them makes the prompt."""
+        named = {
+            "--template": self.template.names if self.template else (),
+            "--prompt-column": () if self.prompt_column is None else (self.prompt_column,),
+            "--columns": self.columns or (),
+        }
+        has = f"the columns are: {', '.join(map(str, table))}"
+        for flag, names in named.items():
+            for name in sorted(names):
+                if name not in table:
+                    raise MinisglError(f"{flag} names {name!r}; {has}")
+        if not (self.template or self.prompt_column is not None or any(name in table for name in SOURCES)):
+            raise MinisglError(
+                "the table has no column prompt: name one with --prompt-column or make prompts with --template; " + has
+            )
+
+    def _map(self, values: dict[str, Any]) -> tuple[dict[str, Any], set[str]]:
         """The prompt that --template or --prompt-column makes of a row, and the columns that went into it."""
-        used = self.template.names if self.template else {str(self.prompt_column)}
-        missing = sorted(used - set(values))
-        if missing and (is_table or not self.template):
-            flag = "--template" if self.template else "--prompt-column"
-            message = f"{flag} names {missing[0]!r}; the columns are: {', '.join(map(str, values))}"
-            if is_table:
-                raise MinisglError(message)
-            refuse(message)
         if self.template:
-            return {"prompt": read_prompt(self.template.render(values))}, used
-        value = values[str(self.prompt_column)]
-        if isinstance(value, list):
-            return {"messages": read_messages(value)}, used
-        return {"prompt": read_prompt(value)}, used
+            return {"prompt": read_prompt(self.template.render(values))}, self.template.names
+        column = str(self.prompt_column)
+        if column not in values:
+            refuse(f"--prompt-column names {column!r}; the columns are: {', '.join(map(str, values))}")
+        value = values[column]
+        question = {"messages": read_messages(value)} if isinstance(value, list) else {"prompt": read_prompt(value)}
+        return question, {column}
 
     def _with_chat(self, row: Row) -> Row:
         """The row as --chat, --no-chat and --system want it."""

@@ -62,8 +62,10 @@ def _write_parquet(path: Path, lines: Lines) -> None:
 def _spread(line: bytes) -> list[tuple[str, Any]]:
     """The cells of a row."""
     cells: list[tuple[str, Any]] = []
-    for name, value in json.loads(line).items():
-        inner = SPREAD.get(name)
+    values = json.loads(line)
+    spread = SPREAD if "usage" in values else {}  # OpenAI's lines have another form
+    for name, value in values.items():
+        inner = spread.get(name)
         if inner and (value is None or set(value) == set(inner)):
             prefix = "error_" if name == "error" else ""
             cells += [(prefix + key, None if value is None else value[key]) for key in inner]

@@ -73,12 +73,18 @@ def test_the_column_that_is_the_prompt() -> None:
     with pytest.raises(MinisglError, match="--prompt-column names 'txt'; the columns are"):
         parse(WEATHER, prompt_column="txt")
     assert "'txt'" in bad(b'{"text": "x"}', prompt_column="txt").error.message
+
+
+def test_columns_that_a_table_has_not() -> None:
+    with pytest.raises(MinisglError, match="--columns names 'town'; the columns are: id, city, temperature, text"):
+        parse(WEATHER, prompt_column="text", columns=["city", "town"])
+    assert good(b'{"prompt": "x", "city": 1}', columns=["city", "town"]).head.columns == {"city": 1}
     with pytest.raises(MinisglError, match="not both"):
         RowParser(FLAGS, prompt_column="a", template=Template("b"))
 
 
 def test_a_table_without_a_prompt() -> None:
-    with pytest.raises(MinisglError, match="--prompt-column .* its columns are: id, city, temperature, text"):
+    with pytest.raises(MinisglError, match="--prompt-column .* the columns are: id, city, temperature, text"):
         parse(WEATHER)
     assert bad({"prompt": None, "city": "Oslo"}).error.message.startswith("the row has no prompt")
 
@@ -89,7 +95,7 @@ def test_lines_of_text() -> None:
 
 
 def test_columns_that_are_carried_over() -> None:
-    assert good(WEATHER, prompt_column="text", columns=["city", "none"]).head.columns == {"city": "Oslo"}
+    assert good(WEATHER, prompt_column="text", columns=["city"]).head.columns == {"city": "Oslo"}
     assert good(WEATHER, prompt_column="text", columns=[]).head.columns == {}
     assert good({"prompt": "x", "temprature": 1}, columns=["temprature"]).head.columns == {"temprature": 1}
 

@@ -57,6 +57,14 @@ def test_csv(tmp_path: Path) -> None:
     assert (third["error_type"], third["prompt_tokens"]) == ("t", "1")
 
 
+def test_answers_to_lines_of_openai(tmp_path: Path) -> None:
+    answer = {"id": "batch_req_0-1", "custom_id": "a", "response": {"status_code": 200}, "error": None}
+    refusal = {**answer, "response": {"status_code": 400}, "error": {"code": "x", "message": "y"}}
+    first, second = pq.read_table(write(tmp_path / "rows.parquet", [answer, refusal])).to_pylist()
+    assert list(first) == list(answer) and json.loads(first["response"]) == {"status_code": 200}
+    assert (first["error"], json.loads(second["error"])) == (None, {"code": "x", "message": "y"})
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
 def test_no_rows(tmp_path: Path, suffix: str) -> None:
     assert write(tmp_path / f"rows{suffix}", []).exists()
