@@ -4,10 +4,11 @@
     questions    Record -> Row with target, options, examples   on top of the batch runner's row parser
     evaluation   Row -> answers.jsonl                           a batch-runner job: its readers, journal and resume
     scoring      rows of modes choice and ppl -> LLM.score      loglikelihoods instead of text
-    grading      answers.jsonl -> samples.jsonl                 extract, compare with the target, one verdict a row
-    metrics      verdicts -> values with standard errors        results.json and the table are made of them
+    grading      answers.jsonl -> samples.jsonl                 one verdict a row (extract, instructions, code)
+    metrics      verdicts -> values with standard errors
+    results      samples.jsonl and results.json                 the same for every evaluation
     compare      two sets of samples -> a paired test           and which rows flipped
-    harness      lm-evaluation-harness on this engine           extra `eval`
+    harness      lm-evaluation-harness on this engine           harness_tasks: its task library; extra `eval`
 
 Answers are kept apart from verdicts: another way to extract or to compare needs no model, only the same command again.
 None of these modules parses flags or prints.

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,8 @@ class Evaluation(Job):
     def grade(self, summary: Summary, *, allow_code: bool = False) -> dict[str, Any]:
         """Write samples.jsonl and results.json from all answers; returns what is in the latter."""
         assert isinstance(self.output, OutputFile)
-        lines = (json.loads(data) for _, data in self.output.journal.items())
+        rows = islice(self.output.journal.items(), self.options.limit)  # there may be more, of a run with a higher one
+        lines = (json.loads(data) for _, data in rows)
         tallies = tally(save_samples(self.folder, grade_all(self.task, lines, allow_code=allow_code)))
         total = tallies[""]
         tokens = summary.output_tokens if self.task.mode == "generate" else summary.prompt_tokens

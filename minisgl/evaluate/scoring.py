@@ -96,6 +96,7 @@ class ScoreRun:
         usage = Usage(tokens, 0, sum(score.cached_tokens for score in scores))
         self.summary.prompt_tokens += usage.prompt_tokens
         self.summary.cached_tokens += usage.cached_tokens
+        self.summary.output_tokens += sum(score.num_tokens for score in scores)  # what comes out: their logprobs
         columns, text = dict(row.head.columns), ""
         if self.task.mode == "choice":
             columns["option_logprobs"] = [score.logprob for score in scores]

@@ -82,7 +82,7 @@ class Task:
             raise MinisglError(f"--stride {self.stride} would leave tokens out of windows of {self.window}: lower it")
 
 
-GRADING = ("name", "description", "group", "extract", "match", "tolerance")  # may change without asking the model again
+GRADING = ("name", "description", "extract", "match", "tolerance")  # may change without asking the model again
 
 
 def presets() -> list[str]:

@@ -1,5 +1,8 @@
 """What a generated program cannot do."""
 
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -39,6 +42,15 @@ def test_a_program_sees_neither_our_environment_nor_our_folder(monkeypatch: pyte
         "import os; assert os.listdir() == ['program.py', 'stdout'] or os.listdir() == ['stdout', 'program.py']"
     )
     assert runs("open('left', 'w').write('x')") and list(tmp_path.iterdir()) == []
+
+
+def test_a_program_has_no_network() -> None:
+    unshare = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x50000000) != 0)"
+    if subprocess.run([sys.executable, "-c", unshare]).returncode:
+        pytest.skip("this system lets nobody make a network namespace")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        connect = f"import socket; socket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert not runs(connect)
 
 
 def test_what_a_program_started_ends_with_it(tmp_path: Path) -> None:

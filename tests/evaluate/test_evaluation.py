@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,18 @@ def test_another_way_to_grade_asks_no_model(write: Any, tmp_path: Path, monkeypa
     data = write(SUMS)
     evaluate(SUM, data, tmp_path / "out")
     monkeypatch.setattr(Evaluation, "load", lambda self: pytest.fail("the model was loaded"))
-    strict = evaluate(Task(prompt_column="q", chat=True, extract="regex:^[0-5]$"), data, tmp_path / "out")
+    strict = evaluate(replace(SUM, extract="regex:^[0-5]$", match="exact"), data, tmp_path / "out")
     assert values(strict)["accuracy"] == 0.0 and strict["extraction_failure_rate"] == 1.0
     assert strict["seconds"] is None and strict["rows_of_earlier_runs"] == 6
     with pytest.raises(MinisglError, match="few_shot was 0, is 1"):
-        evaluate(Task(prompt_column="q", chat=True, few_shot=1), data, tmp_path / "out")
+        evaluate(replace(SUM, few_shot=1), data, tmp_path / "out")
+
+
+def test_a_lower_limit_counts_no_more_rows(write: Any, tmp_path: Path) -> None:
+    data = write(SUMS)
+    assert evaluate(SUM, data, tmp_path / "out", limit=4)["rows"] == 4
+    assert evaluate(SUM, data, tmp_path / "out", limit=2)["rows"] == 2
+    assert evaluate(SUM, data, tmp_path / "out")["rows"] == 6
 
 
 @pytest.mark.parametrize("mode", ["generate", "choice"])
