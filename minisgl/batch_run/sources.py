@@ -3,7 +3,8 @@
     FILE.jsonl .json .csv .parquet .txt [.gz .zst]    a folder or a glob of them    hf:ORG/NAME[:CONFIG]
     a folder that `datasets` saved                    - (JSON lines from stdin)
 
-Knows names and formats (formats.py reads them). Does not know what a row says. An index counts rows over all sources.
+Knows names and formats (formats.py and data_sets.py read them). Does not know what a row says. An index counts rows
+over all sources.
 """
 
 import glob
@@ -14,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from minisgl.batch_run import formats
+from minisgl.batch_run import data_sets, formats
 from minisgl.batch_run.manifest import MANIFEST_SUFFIX, manifest_path
 from minisgl.batch_run.output import JOURNAL_SUFFIX, own_files
 from minisgl.batch_run.rows import Record, RowError
@@ -114,11 +115,11 @@ def _expand(name: str, split: str | None, output: str) -> list[Source]:
     if name == HUB:
         raise MinisglError("hf: names no data set; name it as hf:ORG/NAME or hf:ORG/NAME:CONFIG")
     if name.startswith(HUB):
-        return [_data_set(name, split, lambda: formats.load_hub(name.removeprefix(HUB), split))]
+        return [_data_set(name, split, lambda: data_sets.load_hub(name.removeprefix(HUB), split))]
     path = Path(name)
     if path.is_dir():
         if any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-            return [_data_set(name, split, lambda: formats.load_saved(path, split))]
+            return [_data_set(name, split, lambda: data_sets.load_saved(path, split))]
         found = [file for file in sorted(path.rglob("*")) if _format(file) is not None]
         return _files(found, f"{name} has no file to read (of {', '.join(SUFFIXES)})", output)
     if not path.exists() and glob.has_magic(name):
@@ -195,7 +196,7 @@ def _data_set(name: str, split: str | None, load: Callable[[], Any]) -> Source:
             loaded.append(load())
         return loaded[0]
 
-    return Source(name, "row", lambda: enumerate(data()), lambda: formats.count_data_set(data(), split))
+    return Source(name, "row", lambda: data_sets.read_data_set(data()), lambda: data_sets.count_data_set(data(), split))
 
 
 def _is_same_file(source: Path, output: Path) -> bool:

@@ -185,6 +185,16 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         values(tmp_path / "one", split="train")
 
 
+def test_images_of_a_data_set_stay_bytes(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, Value
+
+    rows = {"prompt": ["x"], "image": [{"bytes": b"no image", "path": None}]}
+    features = Features({"prompt": Value("string"), "image": Image()})
+    Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    [row] = values(tmp_path / "saved")
+    assert row == {"prompt": "x", "image": {"bytes": b"no image", "path": None}}
+
+
 def test_data_sets_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streamed by `datasets` itself, which takes a folder of that name for the repository."""
     monkeypatch.chdir(tmp_path)
