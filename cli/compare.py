@@ -31,7 +31,7 @@ def compare(a: Path, b: Path, flips: int, json_path: Path | None) -> None:
         interval = f"{one.low:+.4f} to {one.high:+.4f}"
         numbers = [f"{one.a:.4f}", f"{one.b:.4f}", f"{one.difference:+.4f}", interval, f"{one.p:.3g}", one.test]
         rows.append([one.metric, *numbers, f"{one.n:,}", f"{one.better:,}", f"{one.worse:,}"])
-    click.echo(aligned(rows))
+    click.echo(aligned(rows, num_words=1))
     if report.only_a or report.only_b:
         click.echo(f"Not compared: {report.only_a:,} rows that only A has, {report.only_b:,} that only B has.")
     for title, changed in (("right only in B", report.gained), ("right only in A", report.lost)):

@@ -32,10 +32,13 @@ def results_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Columns, the texts of the first to the left and all others to the right."""
+def aligned(rows: list[list[str]], num_words: int = 2) -> str:
+    """Columns: the first `num_words` start at the left, figures end at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) if place < 2 else cell.rjust(width) for place, (cell, width) in enumerate(row))
-        for row in ([*zip(cells, widths, strict=True)] for cells in rows)
-    )
+    lines = []
+    for row in rows:
+        cells = [*zip(row, widths, strict=True)]
+        words, figures = cells[:num_words], cells[num_words:]
+        texts = [cell.ljust(width) for cell, width in words] + [cell.rjust(width) for cell, width in figures]
+        lines.append("  ".join(texts).rstrip())
+    return "\n".join(lines)
