@@ -1,4 +1,4 @@
-"""Logits -> token ids, where each rank of a group has the logits of its slice of the vocabulary.
+"""Logits -> token ids and logprobs, where each rank of a group has the logits of its slice of the vocabulary.
 
 Ranks exchange what `kernels.sharded_sampling` finds in their slices: a few numbers a row, never logits. All come to the
 same ids, at any number of ranks those of one. Knows the group and the slice. Does not know requests.
@@ -6,6 +6,7 @@ same ids, at any number of ranks those of one. Knows the group and the slice. Do
 
 import torch
 
+from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import sample
 from minisgl.kernels.sharded_sampling import Samples, Slice, bounds, choose, draw, num_passes, tally
 from minisgl.kernels.vocab_blocks import summarize_blocks
@@ -60,3 +61,27 @@ class Sampler:
                 last = self.group.gather(found)
         draws = draw(logits, self.slice, samples, largest, mass, all_bounds, search, last)
         return choose(self.group.gather(draws), samples, tokens)
+
+    def logprobs(
+        self, logits: torch.Tensor, ids: torch.Tensor, num_top: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logprobs of ids, the likeliest ids and their logprobs, as `kernels.logprobs.logprobs` has them, of logits
+        # [N, V] of this rank's slice, whose padding is overwritten."""
+        if self.group.size == 1:
+            return logprobs(logits, ids, num_top)
+        first_id, num_ids, _ = self.slice
+        logits[:, num_ids:] = -torch.inf
+        is_here = (ids >= first_id) & (ids < first_id + num_ids)
+        of_ids, top_ids, top = logprobs(logits, torch.where(is_here, ids - first_id, 0), num_top)
+        largest, mass = summarize_blocks(logits)
+        log_mass = (largest + mass.log()).logsumexp(1)  # of the slice
+        own = torch.where(is_here, of_ids, -torch.inf)[:, None]
+        columns = (log_mass[:, None], own, top, torch.where(top_ids < 0, -1, top_ids + first_id).view(torch.float32))
+        gathered = self.group.gather(torch.cat(columns, 1))  # [n, N, 2 + 2 * num_top]
+        log_masses = gathered[..., :1]
+        correction = torch.where(log_masses > -torch.inf, log_masses - log_masses.logsumexp(0), 0)
+        every = (gathered[..., 2 : 2 + num_top] + correction).movedim(0, 1).flatten(1)  # [N, n * num_top]
+        every_id = gathered[..., 2 + num_top :].contiguous().view(torch.int32).movedim(0, 1).flatten(1)
+        best, order = every.sort(dim=1, descending=True, stable=True)  # of equal ones the smallest id first
+        top_ids = every_id.gather(1, order[:, :num_top])
+        return (gathered[..., 1:2] + correction).amax(0).squeeze(1), top_ids, best[:, :num_top]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from minisgl.kernels import launch
+from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import sample
 from minisgl.parallel import ParallelGroup
 from minisgl.sampler import Sampler
@@ -34,8 +35,8 @@ class LockstepGroup(ParallelGroup):
     _round = 0
 
 
-def sample_in_slices(logits, num_ranks, arguments, tokens, filters=True):
-    """The ids and tokens that each of several ranks comes to."""
+def on_ranks(logits, num_ranks, run_one):
+    """run_one(sampler, slice of the logits) of each of several ranks."""
     condition, parts, results = threading.Condition(), {}, {}
 
     def run(rank):
@@ -43,10 +44,8 @@ def sample_in_slices(logits, num_ranks, arguments, tokens, filters=True):
         shard = Shard(ranks, NO_CUT, NO_CUT, NO_CUT, Cut.slices(logits.shape[1], ranks, 64))
         own = logits.new_full((len(logits), shard.vocab.size), 99)  # what pads a slice must not be drawn
         own[:, : shard.vocab.num_real] = logits[:, shard.first_id : shard.first_id + shard.vocab.num_real]
-        written = tokens.clone()
         with condition:
-            sampler = Sampler(shard, LockstepGroup(ranks, condition, parts))
-            results[rank] = sampler(own, *arguments, written, filters=filters), written
+            results[rank] = run_one(Sampler(shard, LockstepGroup(ranks, condition, parts)), own)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_ranks)]
     for thread in threads:
@@ -54,6 +53,16 @@ def sample_in_slices(logits, num_ranks, arguments, tokens, filters=True):
     for thread in threads:
         thread.join()
     return [results[rank] for rank in range(num_ranks)]
+
+
+def sample_in_slices(logits, num_ranks, arguments, tokens, filters=True):
+    """The ids and tokens that each of several ranks comes to."""
+
+    def run_one(sampler, own):
+        written = tokens.clone()
+        return sampler(own, *arguments, written, filters=filters), written
+
+    return on_ranks(logits, num_ranks, run_one)
 
 
 def asked(device, *, filters):
@@ -113,3 +122,20 @@ def test_no_samples(device):
     tokens = torch.zeros(ROWS, 64, dtype=torch.int32, device=device)
     for ids, _ in sample_in_slices(torch.empty(0, 500, device=device), 2, empty, tokens):
         assert ids.shape == (0,)
+
+
+@pytest.mark.parametrize("num_top", [0, 5])
+@pytest.mark.parametrize("num_ranks, vocab", [(2, 1000), (4, 264), (3, 63)])
+def test_logprobs_equal_those_of_one_rank(device, dtype, num_ranks, vocab, num_top, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(launch, "INTERPRET", False)
+    logits = (4 * torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype).to(device)
+    logits[1] = logits[1].round()  # ties
+    logits[2, 3:] = -torch.inf  # fewer than num_top
+    logits[3] = -torch.inf
+    ids = torch.tensor([0, vocab - 1, 5, 7, vocab // 2, 62], dtype=torch.int32, device=device)
+    expected, expected_ids, expected_top = logprobs(logits, ids, num_top)
+    for of_ids, top_ids, top in on_ranks(logits, num_ranks, lambda s, own: s.logprobs(own, ids, num_top)):
+        torch.testing.assert_close(of_ids, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(top_ids, expected_ids)
+        torch.testing.assert_close(top, expected_top, rtol=1e-5, atol=1e-5)
