@@ -13,10 +13,12 @@ from minisgl.upload import Ints, ints, upload
 
 
 class RowEdits:
-    """The edits of all rows; `tables` is what kernels read."""
+    """The edits of all rows; `tables` is what kernels read. tokens  # [R, max_len] int32, the rows' texts."""
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.device = device = tokens.device
+        self._tokens = tokens
+        num_rows = len(tokens)
         self.tables = Edits.none(num_rows, MAX_BIASES, device, max_bans=MAX_BANS, max_ban_tokens=MAX_BAN_TOKENS)
         self._asking: set[int | None] = set()  # rows whose tables ask for something
 
@@ -38,6 +40,10 @@ class RowEdits:
         tables.bias_from.view(-1)[entries] = on_device["bias_from"]
         tables.bans[rows] = -1
         tables.bans.view(-1, MAX_BAN_TOKENS)[on_device["ban_entries"]] = on_device["bans"].view(-1, MAX_BAN_TOKENS)
+        # Penalties and bans look at the whole text, of which chunks do not bring what the prefix cache has.
+        texts = on_device["texts"].split([request.num_tokens for request in changed])
+        for request, text in zip(changed, texts, strict=True):
+            self._tokens[request.row, : len(text)] = text
         self._asking -= {request.row for request in changed if not request.edits_logits}  # once nothing can fail
 
 
@@ -53,6 +59,7 @@ def _pack(requests: list[Request]) -> dict[str, Ints]:
     ban_table = np.array(bans, np.int32).reshape(-1, 1 + MAX_BAN_TOKENS)
     return {
         "rows": ints([request.row for request in requests]),
+        "texts": np.concatenate([request.tokens[: request.num_tokens] for request in requests]),
         "prompt_length": ints([request.num_prompt for request in requests]),
         "rates": np.array(rates, np.float32).view(np.int32),
         "bias_entries": ints([entry for entry, _, _, _ in biases]),

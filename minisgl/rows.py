@@ -39,7 +39,7 @@ class RowTable:
         self.min_p = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.top_k = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.edits = RowEdits(num_rows, device)
+        self.edits = RowEdits(self.tokens)
         # What `prepare_step` reads of decoding rows, the same in every step (a padded batch may exceed the rows).
         sizes = torch.arange(2 * num_rows + 2, dtype=torch.int32, device=device)
         self._one_each, self._from_length, self._store_all = sizes, torch.full_like(sizes, -1), torch.zeros_like(sizes)

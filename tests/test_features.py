@@ -91,6 +91,17 @@ def test_edited_logits_equal_those_of_transformers(llm, model, prompt):
     assert sum(result.token_ids != plain for result in results) >= 3
 
 
+def test_penalties_see_a_cached_prompt(llm, model):
+    """Its tokens are not computed again, in rows that held other texts."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    prompt = PROMPTS[1]
+    llm.generate([prompt, *([one] * 40 for one in range(200, 212))], greedy())
+    [result] = llm.generate([prompt], greedy(repetition_penalty=1.7))
+    assert result.usage.cached_tokens == 80
+    assert result.token_ids == generate_with(model, prompt, RepetitionPenaltyLogitsProcessor(1.7))
+
+
 def test_bad_words_do_not_come(llm):
     """In one token and in several; the words' beginnings may."""
     [free] = llm.generate([[5, 6, 7]], greedy(30))
