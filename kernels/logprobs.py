@@ -35,12 +35,17 @@ def logprobs_reference(
     logits: torch.Tensor, ids: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same in torch; see `logprobs`."""
-    wide = clean_reference(logits)
-    total = wide.logsumexp(-1, keepdim=True)
-    every = torch.where(wide > -torch.inf, wide - total, -torch.inf)
-    best, order = every.sort(dim=-1, descending=True, stable=True)
-    best, order = best[:, :num_top], order[:, :num_top].int()
-    return every.gather(1, ids.long()[:, None]).squeeze(1), order.where(best > -torch.inf, -1), best
+    left = clean_reference(logits)
+    total = left.logsumexp(-1)
+    of_ids = left.gather(1, ids.long()[:, None]).squeeze(1) - total
+    top_ids = torch.full((len(left), num_top), -1, dtype=torch.int32, device=left.device)
+    top = torch.full_like(top_ids, -torch.inf, dtype=torch.float32)
+    for place in range(num_top):  # a few looks for the best are much less than sorting
+        best, best_ids = left.max(-1)  # of equal ones the first
+        some = best > -torch.inf
+        top_ids[some, place], top[some, place] = best_ids[some].int(), (best - total)[some]
+        left.scatter_(1, best_ids[:, None], -torch.inf)
+    return of_ids.where(of_ids == of_ids, -torch.inf), top_ids, top
 
 
 @triton.jit(do_not_specialize=["ids_ptr", "num_top"])

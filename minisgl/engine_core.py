@@ -105,6 +105,7 @@ class EngineCore:
         *,
         index: int,
         scored_from: int | None = None,
+        target: int | None = None,
         pooling: Pooling | None = None,
         bans: Sequence[Sequence[int]] = (),
         matcher: Matcher | None = None,
@@ -112,8 +113,8 @@ class EngineCore:
         """Check a prompt and fill in the parameters that it leaves open; RequestError says what is wrong.
 
         `index` identifies the request for the caller. Where `params` has no seed, one is drawn from it and the engine's
-        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `pooling`,
-        `bans`, `matcher`: see `Request`.
+        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `target`,
+        `pooling`, `bans`, `matcher`: see `Request`.
         """
         max_len = self.engine.max_len
         if not len(prompt_ids):
@@ -125,6 +126,8 @@ class EngineCore:
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
         self._check_ids(ids, "")
+        if target is not None:
+            self._check_ids(np.array([target]), "")
         if len(ids) >= max_len:
             remedy = "shorten it"
             if max_len < self.model_config.max_position_embeddings:
@@ -152,6 +155,7 @@ class EngineCore:
             total,
             self.eos_ids,
             scored_from=scored_from,
+            target=target,
             pooling=pooling,
             bans=bans,
             matcher=matcher,

@@ -172,14 +172,15 @@ class LLM:
 
         Both are strings, or both lists of token ids. The tokens of strings are those of the joined text behind the
         prompt's; spaces at the prompt's end count to the continuation, as in lm-evaluation-harness. An empty prompt
-        stands for the end-of-text token. Prompts that share a prefix compute it once.
+        stands for the token that begins or ends texts. Prompts that share a prefix compute it once.
         """
         if len(prompts) != len(continuations):
             raise MinisglError(f"there are {len(prompts)} prompts and {len(continuations)} continuations: give pairs")
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        pairs = self._encode_pairs(list(zip(prompts, continuations, strict=True)))
         made = [
-            _attempt(self._scored_request, index, *pair, params)
-            for index, pair in enumerate(zip(prompts, continuations, strict=True))
+            pair if isinstance(pair, RequestError) else _attempt(self._scored_request, index, *pair, params)
+            for index, pair in enumerate(pairs)
         ]
         return [_score(result) for result in self._run(made, progress)]
 
@@ -266,6 +267,7 @@ class LLM:
         *,
         index: int,
         scored_from: int | None = None,
+        target: int | None = None,
         pooling: Pooling | None = None,
         thinks: bool = False,
     ) -> Request:
@@ -281,7 +283,14 @@ class LLM:
         bans = [ban for word in params.bad_words for ban in self._spellings(word)]
         matcher = self._matcher(params.response_format, thinks) if params.response_format else None
         return self.core.new_request(
-            prompt_ids, params, index=index, scored_from=scored_from, pooling=pooling, bans=bans, matcher=matcher
+            prompt_ids,
+            params,
+            index=index,
+            scored_from=scored_from,
+            target=target,
+            pooling=pooling,
+            bans=bans,
+            matcher=matcher,
         )
 
     def submit(self, requests: list[Request], *, streamed: bool = False) -> None:
@@ -342,24 +351,40 @@ class LLM:
             spellings.append(ids)
         return spellings
 
-    def _scored_request(self, index: int, prompt: Prompt, continuation: Prompt, params: SamplingParams) -> Request:
-        """A request whose prompt is both, and whose scores begin where the continuation does."""
-        if isinstance(prompt, str) != isinstance(continuation, str):
-            raise RequestError("a prompt and its continuation must both be strings, or both token ids")
+    def _encode_pairs(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[tuple[list[int], list[int]] | RequestError]:
+        """(ids of the prompt, ids of both) of each pair to score; what is wrong where they have none."""
+        both = [pair for pair in pairs if isinstance(pair[0], str) and isinstance(pair[1], str)]
+        texts = [text for one, other in cast("list[tuple[str, str]]", both) for text in (one.rstrip(), one + other)]
+        try:
+            encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
+        except RequestError as error:  # of one of them
+            return [error] if len(pairs) == 1 else [one for pair in pairs for one in self._encode_pairs([pair])]
+        return [_attempt(self._encode_pair, *pair, encoded) for pair in pairs]
+
+    def _encode_pair(
+        self, prompt: Prompt, continuation: Prompt, encoded: Iterator[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """A pair's ids; those of texts are the next two of `encoded`."""
         if isinstance(prompt, str) and isinstance(continuation, str):
-            bare = prompt.rstrip()
-            before, whole = self.tokenizer.encode_batch([bare, prompt + continuation])
-            if not bare:
+            before, whole = next(encoded), next(encoded)
+            if not prompt.rstrip():
                 before, whole = [], self.tokenizer.encode_rendered([prompt + continuation])[0]
+        elif isinstance(prompt, str) or isinstance(continuation, str):
+            raise RequestError("a prompt and its continuation must both be strings, or both token ids")
         else:
-            before = list(cast("Sequence[int]", prompt))
-            whole = before + list(cast("Sequence[int]", continuation))
-        if not before:
-            before = (self.tokenizer.encode("") if self._tokenizer else []) or sorted(self.core.eos_ids)[:1]
-            whole = before + whole
+            before = list(self._encode(prompt))
+            whole = before + list(self._encode(continuation))
+        if before:
+            return before, whole
+        ids = (self._tokenizer.bos_id, self._tokenizer.eos_id) if self._tokenizer else ()
+        start = next((token for token in (*ids, *sorted(self.core.eos_ids)) if token is not None), 0)
+        return [start], [start, *whole]
+
+    def _scored_request(self, index: int, before: list[int], whole: list[int], params: SamplingParams) -> Request:
+        """A request whose scores begin behind the ids of a prompt. The last one is scored, and need not be computed."""
         if len(whole) <= len(before):
             raise RequestError("the continuation has no tokens: give it at least one", "invalid_prompt")
-        return self.new_request(whole, params, index=index, scored_from=len(before))
+        return self.new_request(whole[:-1], params, index=index, scored_from=len(before), target=whole[-1])
 
     def _answer(
         self,
@@ -474,7 +499,7 @@ def _score(result: Result) -> Score:
         token_logprobs=[one.logprob for one in found],
         is_greedy=bool(found) and all(one.top[0][0] == one.token_id for one in found),
         num_tokens=len(found),
-        num_prompt_tokens=result.usage.prompt_tokens,
+        num_prompt_tokens=result.usage.prompt_tokens + 1,
         cached_tokens=result.usage.cached_tokens,
         error=result.error,
     )

@@ -205,7 +205,8 @@ class Request:
 
     tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or
     will be by the step in flight.
-    scored_from: the first prompt token whose logprob is asked for; None: none is. pooling: the embedding that is asked
+    scored_from: the first prompt token whose logprob is asked for; None: none is. target: an id behind the prompt that is
+    scored too, but not computed. pooling: the embedding that is asked
     for. bans: sequences of token ids that the output may not have. matcher: the grammar that the output follows.
     """
 
@@ -218,6 +219,7 @@ class Request:
         eos_ids: frozenset[int],
         *,
         scored_from: int | None = None,
+        target: int | None = None,
         pooling: Pooling | None = None,
         bans: Sequence[Sequence[int]] = (),
         matcher: "Matcher | None" = None,
@@ -248,6 +250,10 @@ class Request:
         self.scored_from = scored_from
         self.tokens = np.empty(max_total, np.int32)
         self.tokens[: self.num_prompt] = prompt
+        self.scored_end = self.num_prompt
+        if target is not None:
+            self.tokens[self.num_prompt] = target  # until a sampled token takes its place
+            self.scored_end += 1
         self.num_tokens = self.num_prompt
 
         # The scheduler's:
@@ -287,7 +293,7 @@ class Request:
     @property
     def next_scored(self) -> int | None:
         """The next prompt token whose logprob is to come; None: all that was asked for is there."""
-        if self.scored_from is None or self.scored_from + len(self.prompt_logprobs) >= self.num_prompt:
+        if self.scored_from is None or self.scored_from + len(self.prompt_logprobs) >= self.scored_end:
             return None
         return self.scored_from + len(self.prompt_logprobs)
 

@@ -207,7 +207,7 @@ class Scheduler:
         self._give_pages(step, request, pages)
         request.length = end
         first = request.next_scored
-        scored = (max(first, start + 1), min(end + 1, request.num_prompt)) if first is not None else (0, 0)
+        scored = (max(first, start + 1), min(end + 1, request.scored_end)) if first is not None else (0, 0)
         step.chunks.append(Chunk(request, start, end - start, store_from, end == request.num_tokens, scored))
         if end == request.num_tokens:
             request.num_pending += 1

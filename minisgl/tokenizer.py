@@ -36,6 +36,7 @@ class Tokenizer:
             ) from error
         self._rust = self._hf.backend_tokenizer if self._hf.is_fast else None
         self.vocab_size = len(self._hf)
+        self.bos_id: int | None = self._hf.bos_token_id
         self.eos_id: int | None = self._hf.eos_token_id
         templates = self._hf.chat_template or ""
         templates = list(templates.values()) if isinstance(templates, dict) else [templates]

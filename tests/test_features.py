@@ -175,6 +175,14 @@ def test_options_of_one_context_compute_it_once(llm):
     assert sorted(score.cached_tokens for score in scores) == [0, 48, 48, 48, 48]  # the last token's logits are needed
 
 
+def test_a_score_may_fill_the_context(llm, model):
+    max_len = llm.config.max_len
+    ids = [token % VOCAB_SIZE for token in range(max_len + 1)]
+    [whole, over] = llm.score([ids[:5], ids[:5]], [ids[5:-1], ids[5:]])
+    assert whole.token_logprobs[-1] == pytest.approx(logprobs_of(model, ids[:-1])[-2, ids[-2]].item(), abs=1e-3)
+    assert whole.num_tokens == max_len - 5 and over.error.type == "prompt_too_long"
+
+
 def test_scores_of_text(llm):
     [joined, spaced] = llm.score(["the inn", "the inn "], [" a", "a"])
     assert joined == spaced and joined.num_tokens == len(llm.tokenizer.encode(" a"))

@@ -60,9 +60,9 @@ class MinisglLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that lm-eval may send: a score reads one token more, and the engine keeps room for one answer."""
+        """Tokens that lm-eval may send: a score reads one token more."""
         assert self.llm.config.max_len is not None
-        return self.llm.config.max_len - 2
+        return self.llm.config.max_len - 1
 
     @property
     def max_gen_toks(self) -> int:

@@ -138,8 +138,8 @@ class ScoreRun:
         ids = self.llm.tokenizer.encode_rendered([row.prompt])[0]
         if not ids:
             raise RequestError("the text has no tokens", "invalid_prompt")
-        assert self.llm.config.max_len is not None
-        room = self.llm.config.max_len - 1  # a request keeps a place for one answer
+        room = self.llm.config.max_len
+        assert room is not None
         places = windows(len(ids), min(self.task.window or room, room), self.task.stride)
         return [(ids[start:scored], ids[scored:end]) for start, scored, end in places]
 
