@@ -80,9 +80,9 @@ class SamplingParams:
     truncate_prompt_tokens: int | None = option(
         None, "Keep this many tokens of a longer prompt, the last ones. [default: none]", low=1
     )
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    bad_words: Sequence[str] = ()
+    stop: str | Sequence[str] = option((), "End the answer before this text.")
+    stop_token_ids: Sequence[int] = option((), "End the answer with this token.", flag="--stop-token-id")
+    bad_words: Sequence[str] = option((), "Never write this text.", flag="--bad-word")
     logit_bias: Mapping[int, float] | None = None
     response_format: Any = None  # a structured.ResponseFormat, or OpenAI's object, of which it is made
 
@@ -205,9 +205,9 @@ class Request:
 
     tokens  # int32 [max_total]: prompt, then output, `num_tokens` known; the KV of the first `length` is stored, or
     will be by the step in flight.
-    scored_from: the first prompt token whose logprob is asked for; None: none is. target: an id behind the prompt that is
-    scored too, but not computed. pooling: the embedding that is asked
-    for. bans: sequences of token ids that the output may not have. matcher: the grammar that the output follows.
+    scored_from: the first prompt token whose logprob is asked for; None: none is. target: an id behind the prompt that
+    is scored too, but not computed. pooling: the embedding that is asked for. bans: sequences of token ids that the
+    output may not have. matcher: the grammar that the output follows.
     """
 
     def __init__(

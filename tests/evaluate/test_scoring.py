@@ -80,7 +80,7 @@ def test_perplexity(
     text = TEXT[:200] if window == 64 else TEXT
     task = Task(mode="ppl", prompt_column="text", window=window, stride=stride)
     results = evaluate(task, write([{"text": text}]), tmp_path / "out", model=str(tiny))
-    ids, size = tokenizer.encode(text, add_special_tokens=False), window or 255
+    ids, size = tokenizer.encode(text, add_special_tokens=False), window or 256
     total, done = 0.0, 0
     while done < len(ids):  # written as the sum over windows that it is, in another way than the code under test
         end = min(len(ids), done + (size - 1 if done == 0 else min(stride or size, size - 1)))
