@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import Field, fields
@@ -17,12 +16,15 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from minisgl.config import EngineConfig
+from minisgl.batch_run.files import read_text
+from minisgl.config import EngineConfig, type_of
 from minisgl.errors import MinisglError
 from minisgl.request import SamplingParams
+from minisgl.structured import ResponseFormat
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+METAVARS: dict[type, str] = {int: "N", float: "X"}
 ROWS_FAILED, CANNOT_START, INTERRUPTED = 1, 2, 130  # exit codes
 
 model_option = click.option(
@@ -32,55 +34,104 @@ model_option = click.option(
 
 def engine_options(command: Command) -> Command:
     """Flags for the fields of EngineConfig; the command gets those that were given as the dict `engine`."""
-    return table_options(command, EngineConfig, "engine")
+    return table_options(command, EngineConfig, "engine", title="Engine")
 
 
 def sampling_options(command: Command) -> Command:
-    """Flags for the fields of SamplingParams; the command gets those that were given as the dict `sampling`.
+    """Flags for the fields of SamplingParams; the command gets those that were given as the dict `sampling`, where
+    those of ResponseFormat are `response_format` in OpenAI's form.
 
     `--seed` is the engine's: rows draw their own from it, so that two equal prompts get two different answers.
     """
-    return table_options(command, SamplingParams, "sampling", skip=tuple(f.name for f in fields(EngineConfig)))
+
+    @functools.wraps(command)
+    def wrapper(sampling: dict[str, Any], form: dict[str, Any], **values: Any) -> Any:
+        if form:
+            sampling = {**sampling, "response_format": ResponseFormat(**form).to_openai()}
+        return command(sampling=sampling, **values)
+
+    decorated: Any = table_options(wrapper, ResponseFormat, "form", title="Form of the answers")
+    own = tuple(setting.name for setting in fields(EngineConfig))
+    return typing.cast(Command, table_options(decorated, SamplingParams, "sampling", skip=own, title="Sampling"))
 
 
 def engine_flag(name: str) -> Callable[[Command], Command]:
     """The flag of one field of EngineConfig, for commands that use no others."""
-    return _flag(EngineConfig, next(setting for setting in fields(EngineConfig) if setting.name == name))
+    return _flag(next(setting for setting in fields(EngineConfig) if setting.name == name))
 
 
-def table_options(command: Command, table: type, argument: str, skip: tuple[str, ...] = ()) -> Command:
-    """Add a flag for each field of `table` that has help and is not hidden; collect and check what was given."""
+def table_options(
+    command: Command, table: type, argument: str, skip: tuple[str, ...] = (), title: str = "Options"
+) -> Command:
+    """Add a flag for each field of `table` that has help and is not hidden; collect and check what was given.
+    `title`: of their part of the help."""
     settings = [s for s in fields(table) if s.metadata and s.metadata["flag"] != "" and s.name not in skip]
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> Any:
-        given = {s.name: value for s in settings if (value := values.pop(s.name)) is not None}
-        table(**given)  # what a flag's type cannot say, such as a power of two
+        given = {s.name: value for s in settings if (value := values.pop(s.name)) not in (None, ())}
+        if given:
+            table(**given)  # what a flag's type cannot say, such as a power of two
         return command(**values, **{argument: given})
 
     decorated: Any = wrapper
     for setting in reversed(settings):
-        decorated = _flag(table, setting)(decorated)
+        decorated = _flag(setting, title)(decorated)
     return typing.cast(Command, decorated)
 
 
-def _flag(table: type, setting: Field[Any]) -> Callable[[Command], Command]:
+def _flag(setting: Field[Any], title: str = "Options") -> Callable[[Command], Command]:
     flag = setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
     help = setting.metadata["help"]
-    if setting.default is not None:
+    kind, is_list = type_of(setting)
+    if is_list:
+        help += " May be given several times."
+    elif setting.default is not None and setting.default is not False:
         help += f" [default: {setting.default}]"
-    kind = typing.get_type_hints(table)[setting.name]
-    if isinstance(kind, types.UnionType):
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if kind is bool:
-        return click.option(flag, setting.name, is_flag=True, default=None, help=help)
+        return click.option(flag, setting.name, cls=_Flag, title=title, is_flag=True, default=None, help=help)
     low, high, choices = (setting.metadata[key] for key in ("low", "high", "choices"))
     type_: Any = kind
     if choices:
         type_ = click.Choice(choices)
     elif low is not None or high is not None:
         type_ = (click.IntRange if kind is int else click.FloatRange)(low, high)
-    return click.option(flag, setting.name, type=type_, default=None, help=help)
+    elif setting.metadata["or_file"]:
+        type_ = TextOrFile()
+    metavar = None if choices else METAVARS.get(kind)
+    return click.option(
+        *(flag, setting.name),
+        cls=_Flag,
+        title=title,
+        type=type_,
+        default=None,
+        help=help,
+        metavar="TEXT|FILE" if setting.metadata["or_file"] else metavar,
+        multiple=is_list,
+    )
+
+
+class _Flag(click.Option):
+    """An option that knows under which title the help has it."""
+
+    def __init__(self, *args: Any, title: str, **settings: Any):
+        super().__init__(*args, **settings)
+        self.title = title
+
+
+class TextOrFile(click.ParamType[str]):
+    """JSON or a grammar, or the name of a file of it; gives the text."""
+
+    name = "text|file"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            text = read_text(value, param.opts[0] if param else self.name)
+        except MinisglError as error:
+            raise click.UsageError(str(error), ctx) from error
+        if text is None and ":" not in value and "{" not in value:  # JSON and grammars have one of them
+            self.fail(f"there is no file {value!r}", param, ctx)
+        return value if text is None else text
 
 
 class OneLineErrors(click.Command):
@@ -92,6 +143,17 @@ class OneLineErrors(click.Command):
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
         self.params.append(click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options by their titles."""
+        parts: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record:
+                parts.setdefault(getattr(param, "title", "Options"), []).append(record)
+        for title, records in parts.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")

@@ -3,8 +3,10 @@
 Knows names, ranges and defaults. Does not know devices or models: `Engine` resolves "auto" once, through `replace`.
 """
 
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from minisgl.errors import MinisglError
 from minisgl.parsers import FORMATS, STYLES
@@ -18,9 +20,20 @@ def option(
     low: float | None = None,
     high: float | None = None,
     flag: str | None = None,
+    or_file: bool = False,
 ) -> Any:
-    """A dataclass field with what its command-line flag and its check need; `flag` renames or hides ("") the flag."""
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high, "flag": flag})
+    """A dataclass field with what its command-line flag and its check need. `flag` renames or hides ("") the flag;
+    `or_file`: the flag takes the text or the name of a file of it. A flag of a list is given once for each value."""
+    facts = {"help": help, "choices": choices, "low": low, "high": high, "flag": flag, "or_file": or_file}
+    return field(default=default, metadata=facts)
+
+
+def type_of(setting: Field[Any]) -> tuple[type, bool]:
+    """The type of a field's values, and whether it takes several: (str, True) of `str | Sequence[str] | None`."""
+    kinds = get_args(setting.type) if isinstance(setting.type, UnionType) else (setting.type,)
+    lists = [kind for kind in kinds if get_origin(kind) is Sequence]
+    kind = get_args(lists[0])[0] if lists else next(kind for kind in kinds if kind is not NoneType)
+    return kind, bool(lists)
 
 
 def accepted(setting: Field[Any]) -> str:
@@ -39,7 +52,10 @@ def check_fields(settings: Any, error: type[MinisglError]) -> None:
         value = getattr(settings, setting.name)
         if value is None or not setting.metadata:
             continue
-        kind = (get_args(setting.type) or (setting.type,))[0].__name__  # of `int | None`: int
+        type_, is_list = type_of(setting)
+        if is_list:
+            continue  # what may be in it is for its owner to say
+        kind = type_.__name__
         if kind in ("int", "float"):
             right = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
             if not right or value != value:

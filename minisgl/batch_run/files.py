@@ -50,6 +50,18 @@ def write_failure(place: str, error: OSError) -> MinisglError:
     return MinisglError(f"cannot write {place}: {error.strerror}{fix}")
 
 
+def read_text(source: str, flag: str) -> str | None:
+    """The text of the file of that name; None when there is none, as for a text that is given on the line."""
+    try:
+        return Path(source).read_text(encoding="utf-8") if Path(source).is_file() else None
+    except UnicodeDecodeError:
+        raise MinisglError(f"{flag}: {source} is not UTF-8 text") from None
+    except (OSError, ValueError) as error:  # too long for a name, or not readable
+        if isinstance(error, PermissionError):
+            raise MinisglError(f"{flag}: {source} cannot be read: {error.strerror}") from error
+        return None
+
+
 def check_writable(path: Path, flag: str) -> None:
     """MinisglError, before anything is loaded, when a file that `flag` names cannot be written at `path`."""
     if path.is_dir():

@@ -178,6 +178,11 @@ class Job:
         if flag and not llm.tokenizer.has_chat_template:
             llm.close()
             raise MinisglError(f"{flag}: the model has no chat template; leave the flag out or choose a chat model")
+        try:
+            llm.new_request([0], self.parser.defaults, index=0)  # flags that this model cannot follow
+        except BaseException:
+            llm.close()
+            raise
         return llm
 
     def answer(

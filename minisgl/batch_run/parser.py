@@ -8,9 +8,9 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from minisgl.batch_run.files import read_text
 from minisgl.batch_run.openai_batch import is_batch_line, read_batch_head, read_batch_row
 from minisgl.batch_run.rows import (
     KEYS,
@@ -49,7 +49,7 @@ class Template:
         from jinja2 import StrictUndefined, TemplateError, meta
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        self.text = _read_text(source) or source
+        self.text = read_text(source, "--template") or source
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
         try:
             self.names = meta.find_undeclared_variables(environment.parse(self.text))
@@ -210,15 +210,3 @@ def _lenient_id(values: dict[str, Any], index: int) -> RowId:
         return read_id(values.get("id", index))
     except RefusedRow:
         return index
-
-
-def _read_text(source: str) -> str | None:
-    """The text of the file of that name; None when there is none, as for a template that is given on the line."""
-    try:
-        return Path(source).read_text(encoding="utf-8") if Path(source).is_file() else None
-    except UnicodeDecodeError:
-        raise MinisglError(f"--template: {source} is not UTF-8 text") from None
-    except (OSError, ValueError) as error:  # too long for a name, or not readable
-        if isinstance(error, PermissionError):
-            raise MinisglError(f"--template: {source} cannot be read: {error.strerror}") from error
-        return None

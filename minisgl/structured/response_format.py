@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn, cast
 
+from minisgl.config import option
 from minisgl.errors import RequestError
 
 MAX_SOURCE_BYTES = 256 << 10
@@ -31,11 +32,11 @@ class ResponseFormat:
     grammar: Lark in llguidance's dialect, with a rule `start`; or GBNF (EBNF with `::=`), with a rule `root`.
     """
 
-    json_schema: str | Mapping[str, Any] | None = None
-    json_object: bool = False
-    regex: str | None = None
-    choice: Sequence[str] | None = None
-    grammar: str | None = None
+    json_schema: str | Mapping[str, Any] | None = option(None, "Answer in JSON of this schema.", or_file=True)
+    json_object: bool = option(False, "Answer with a JSON object.")
+    regex: str | None = option(None, "Answer with text that all of this matches.")
+    choice: Sequence[str] | None = option(None, "Answer with this text, or another --choice.")
+    grammar: str | None = option(None, "Answer with a text of this grammar: Lark, or GBNF.", or_file=True)
 
     def __post_init__(self) -> None:
         """Schema and choices become text and tuple, so that equal formats are equal and hashable."""
@@ -82,6 +83,13 @@ class ResponseFormat:
         if not isinstance(body.get("strict"), bool | None):
             _refuse(f"response_format.json_schema.strict is {body['strict']!r}; it must be true or false")
         return cls(json_schema=body["schema"])
+
+    def to_openai(self) -> dict[str, Any]:
+        """What `from_openai` makes this of; JSON has a form for all of it."""
+        if self.json_object:
+            return {"type": "json_object"}
+        value = getattr(self, self.kind)
+        return {"type": self.kind, self.kind: {"schema": json.loads(value)} if self.json_schema else value}
 
     @property
     def kind(self) -> str:

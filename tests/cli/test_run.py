@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minisgl.errors import MinisglError
+from minisgl.structured import ResponseFormat
 from tests.cli.conftest import Invoke, read_rows
 
 
@@ -77,6 +78,26 @@ def test_a_row_wins_over_a_flag_and_a_flag_over_the_model(invoke: Invoke, fake_l
     assert first.seed is None and first.min_p is None  # the engine's and the model's
 
 
+def test_flags_of_lists_and_of_the_form_of_answers(invoke: Invoke, prompts: Path, fake_llm: Any) -> None:
+    Path("schema.json").write_text('{"type": "object"}')
+    flags = ["--stop", ".", "--stop", "!", "--stop-token-id", "5", "--stop-token-id", "6", "--bad-word", "x"]
+    assert invoke("run", prompts, "--json-schema", "schema.json", *flags).exit_code == 0
+    params = fake_llm.made[0].params[0]
+    assert (params.stop, params.stop_token_ids, params.bad_words) == ((".", "!"), (5, 6), ("x",))
+    assert params.response_format == ResponseFormat(json_schema={"type": "object"})
+    assert invoke("run", prompts, "--json-schema", '{"type":"object"}', *flags).exit_code == 0, "the same command"
+    assert len(fake_llm.made) == 1, "it goes on, with nothing left"
+    formats = {"--regex": "a+", "--choice": "yes", "--grammar": 'start: "a"'}
+    for flag, text in formats.items():
+        assert invoke("run", prompts, flag, text, "--fresh").exit_code == 0
+        value = (text,) if flag == "--choice" else text
+        assert fake_llm.made[-1].params[0].response_format == ResponseFormat(**{flag[2:]: value})
+    Path("in.jsonl").write_text(json.dumps({"prompt": "x", "response_format": {"type": "json_object"}, "stop": "y"}))
+    assert invoke("run", "in.jsonl", "--regex", "a", "--stop", "z").exit_code == 0
+    params = fake_llm.made[-1].params[0]
+    assert (params.response_format, params.stop) == (ResponseFormat(json_object=True), ("y",)), "the row's own"
+
+
 def test_limit_and_token_ids(invoke: Invoke, prompts: Path) -> None:
     assert invoke("run", prompts, "--limit", "3", "--return-token-ids", "-o", "out").exit_code == 0
     assert [row["token_ids"] for row in read_rows("out")] == [[7], [7, 7], [7, 7, 7]]
@@ -139,6 +160,10 @@ CANNOT_START = [
     (["prompts.jsonl", "--dtype", "int4"], "'float16'"),
     (["prompts.jsonl", "--cache", "big"], "'radix', 'none'"),
     (["prompts.jsonl", "--no-such-flag"], "No such option"),
+    (["prompts.jsonl", "--json-schema", "none.json"], "there is no file 'none.json'"),
+    (["prompts.jsonl", "--json-schema", '{"type": '], "json_schema is not valid JSON"),
+    (["prompts.jsonl", "--grammar", "bad.lark"], "bad.lark is not UTF-8 text"),
+    (["prompts.jsonl", "--regex", "a", "--choice", "b"], "not regex and choice"),
     ([], "Missing argument"),
 ]
 
@@ -147,12 +172,13 @@ CANNOT_START = [
 def test_jobs_that_cannot_start(invoke: Invoke, prompts: Path, fake_llm: Any, args: list[str], says: str) -> None:
     before = prompts.read_bytes()
     Path("empty").mkdir()
+    Path("bad.lark").write_bytes(b"\xff")
     done = invoke("run", *args)
     assert done.exit_code == 2
     assert says in done.stderr
     assert done.stderr.splitlines()[-1].startswith("Error: ") and "Traceback" not in done.stderr
     assert prompts.read_bytes() == before
-    assert sorted(path.name for path in Path().iterdir()) == ["empty", "prompts.jsonl"]
+    assert sorted(path.name for path in Path().iterdir()) == ["bad.lark", "empty", "prompts.jsonl"]
     assert not fake_llm.made, "nothing is loaded for a job that cannot start"
 
 
