@@ -89,6 +89,8 @@ class ChatFormat:
 
         tools, tool_choice, parallel_tool_calls: OpenAI's. template_kwargs: see `chat_template.TEMPLATE_KWARGS`.
         """
+        if params.echo:
+            raise RequestError("echo is for prompts, not for conversations: leave it out", "invalid_parameter")
         wanted = read_tools(tools, tool_choice, parallel_tool_calls)
         text = self._tokenizer.render(messages, wanted.tools or None, template_kwargs)
         if wanted.tools:  # the marks of calls are special tokens in some formats

@@ -43,6 +43,7 @@ from minisgl.weights import resolve_model
 
 Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Asked = tuple[Sequence[int], SamplingParams, ChatPrompt | None]  # token ids; of a conversation, how it was rendered
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,11 @@ class LLM:
         others are answered. `progress` shows a bar on stderr.
         """
         batch = _batch_of(prompts)
-        return self._answer(
-            [_attempt(self._encode, prompt) for prompt in batch], _one_each(params, len(batch)), progress
-        )
+        asked: list[Asked | RequestError] = []
+        for prompt, own in zip(batch, _one_each(params, len(batch)), strict=True):
+            ids = _attempt(self._encode, prompt)
+            asked.append(ids if isinstance(ids, RequestError) else (ids, own, None))
+        return self._answer(asked, progress)
 
     def chat(
         self,
@@ -157,13 +160,20 @@ class LLM:
         Thinking and tool calls are in the results' `reasoning` and `tool_calls`, the rest is their text. `options` are
         those of `ChatFormat.prompt`: tools, tool_choice, and template_kwargs such as {"enable_thinking": False}.
         """
+        if isinstance(conversations, str) or not isinstance(conversations, Sequence):
+            raise MinisglError(
+                f"conversations must be a list of messages or a list of these lists, not {conversations!r}; "
+                "generate takes strings"
+            )
         one = len(conversations) > 0 and isinstance(conversations[0], Mapping)
         batch = cast("Sequence[Messages]", [conversations] if one else conversations)
-        asked = [
+        chats = [
             _attempt(self.chat_format.prompt, messages, own, **options)
             for messages, own in zip(batch, _one_each(params, len(batch)), strict=True)
         ]
-        return self._answer(asked, [getattr(one, "params", SamplingParams()) for one in asked], progress)
+        rendered = iter(self.tokenizer.encode_rendered([one.text for one in chats if isinstance(one, ChatPrompt)]))
+        asked = [one if isinstance(one, RequestError) else (next(rendered), one.params, one) for one in chats]
+        return self._answer(asked, progress)
 
     def score(
         self, prompts: Sequence[Prompt], continuations: Sequence[Prompt], *, progress: bool = False
@@ -210,18 +220,27 @@ class LLM:
             for one, result in zip(made, results, strict=True)
         ]
 
-    def stream(self, prompt: Prompt | Messages, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt | Messages, params: SamplingParams | None = None, **options: Any
+    ) -> Iterator[Delta]:
         """Answer one prompt or conversation piece by piece. Ending the iteration early aborts the request. Raises
-        RequestError for a prompt that cannot be served."""
-        params = params or SamplingParams()
+        RequestError for a prompt that cannot be served.
+
+        `options` are those of `chat`. The deltas have all of a conversation's text; the last one's result has thinking
+        and tool calls apart.
+        """
+        [params] = _one_each(params, 1)
         if (params.n or 1) > 1:
             raise RequestError("a stream has one answer: leave n out, and make several streams")
-        asked: ChatPrompt | Sequence[int]
-        if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
-            asked = self.chat_format.prompt(cast("Messages", prompt), params)
+        chat: ChatPrompt | None = None
+        if isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+            chat = self.chat_format.prompt(cast("Messages", prompt), params, **options)
+            [ids], params = self.tokenizer.encode_rendered([chat.text]), chat.params
+        elif options:
+            raise MinisglError(f"{next(iter(options))} is for conversations; the prompt is none")
         else:
-            asked = self._encode(cast("Prompt", prompt))
-        [request] = self.new_requests(asked, params, index=0)
+            ids = list(self._encode(cast("Prompt", prompt)))
+        [request] = self.new_requests(ids, params, index=0, thinks=chat is not None and chat.thinks)
         self.submit([request], streamed=True)
         output = self._outputs[request]
         assert output.deltas is not None
@@ -230,9 +249,11 @@ class LLM:
                 while not output.deltas:
                     self.step()
                 delta = output.deltas.popleft()
-                yield delta
-                if delta.result:
-                    return
+                if delta.result is None:
+                    yield delta
+                    continue
+                yield replace(delta, result=self.read_answer(delta.result, chat)) if chat else delta
+                return
         finally:
             self.abort(request)
 
@@ -386,32 +407,32 @@ class LLM:
             raise RequestError("the continuation has no tokens: give it at least one", "invalid_prompt")
         return self.new_request(whole[:-1], params, index=index, scored_from=len(before), target=whole[-1])
 
-    def _answer(
-        self,
-        prompts: Sequence[Sequence[int] | ChatPrompt | RequestError],
-        params: Sequence[SamplingParams],
-        progress: bool,
-    ) -> list[Result]:
+    def _answer(self, asked: Sequence[Asked | RequestError], progress: bool) -> list[Result]:
         made: list[Request | RequestError] = []
         counts = []
-        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
-            if not isinstance(prompt, RequestError):
-                prompt = _attempt(self.new_requests, prompt, own, index=index)
-            choices = [prompt] if isinstance(prompt, RequestError) else cast("list[Request]", prompt)
+        for index, one in enumerate(asked):
+            requests: list[Request] | RequestError
+            if isinstance(one, RequestError):
+                requests = one
+            else:
+                ids, params, chat = one
+                thinks = chat is not None and chat.thinks
+                requests = _attempt(self.new_requests, ids, params, index=index, thinks=thinks)
+            choices = [requests] if isinstance(requests, RequestError) else requests
             made += choices
             counts.append(len(choices))
         results = iter(self._run(made, progress))
         answers = []
-        for prompt, count in zip(prompts, counts, strict=True):
-            first, *more = (self._read(prompt, next(results)) for _ in range(count))
+        for one, count in zip(asked, counts, strict=True):
+            chat = None if isinstance(one, RequestError) else one[2]
+            own = (next(results) for _ in range(count))
+            first, *more = (self.read_answer(result, chat) if chat else result for result in own)
             answers.append(replace(first, choices=(first, *more)) if more else first)
         return answers
 
-    def _read(self, prompt: object, answer: Result) -> Result:
+    def read_answer(self, answer: Result, chat: ChatPrompt) -> Result:
         """An answer to a conversation, with its thinking and tool calls apart."""
-        if not isinstance(prompt, ChatPrompt):
-            return answer
-        reader = self.chat_format.reader(prompt)
+        reader = self.chat_format.reader(chat)
         begun, rest = reader.push(answer.text), reader.finish()
         return replace(
             answer,
@@ -420,10 +441,10 @@ class LLM:
             tool_calls=begun.tool_calls + rest.tool_calls,
         )
 
-    def new_requests(self, prompt: Sequence[int] | ChatPrompt, params: SamplingParams, *, index: int) -> list[Request]:
-        """One request for each of the `n` answers; their seeds differ."""
-        thinks = isinstance(prompt, ChatPrompt) and prompt.thinks
-        prompt_ids = self.tokenizer.encode_rendered([prompt.text])[0] if isinstance(prompt, ChatPrompt) else prompt
+    def new_requests(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int, thinks: bool = False
+    ) -> list[Request]:
+        """One request for each of the `n` answers; their seeds differ. See `new_request`."""
         requests = []
         for place in range(params.n or 1):
             own = params if not place or params.seed is None else replace(params, seed=(params.seed + place) % 2**63)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +23,9 @@ from minisgl.batch_run.feeder import CHUNK_ITEMS
 from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.prompts import PromptMaker
 from minisgl.batch_run.rows import BadRow, Row
+from minisgl.chat import ChatFormat
 from minisgl.config import EngineConfig
-from minisgl.errors import MinisglError, RequestError
+from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.generation import generation_defaults
@@ -97,10 +99,10 @@ def _count(job: Job, config: EngineConfig, tokenizer: Tokenizer | None, max_toke
             asked = [row for row in chunk if isinstance(row, Row)]
             if job.leaders:
                 asked = [row for row in asked if job.leaders.find(row) is None]
-            for row, prompts in maker.tokenize(asked):
+            for row, prompts, _, error in maker.tokenize(asked):
                 wanted = row.params.max_tokens or max_tokens
-                if isinstance(prompts, RequestError):
-                    totals.errors[prompts.type] += 1
+                if error:
+                    totals.errors[error.type] += 1
                     continue
                 if maker.on_long == "error" and any(len(ids) >= max_len for ids in prompts):
                     totals.errors["prompt_too_long"] += 1
@@ -125,6 +127,10 @@ class _Unloaded:
         if self._tokenizer is None:
             raise MinisglError("the model's folder has no tokenizer: add tokenizer.json, or send token ids")
         return self._tokenizer
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        return ChatFormat(self.tokenizer, self.config.reasoning_parser, self.config.tool_parser)
 
 
 def _probe(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from minisgl.batch_run.files import read_text
@@ -24,6 +25,7 @@ from minisgl.batch_run.rows import (
     RowId,
     kind,
     load_json,
+    read_chat_options,
     read_id,
     read_messages,
     read_n,
@@ -79,11 +81,12 @@ class RowParser:
         prompt_column: str | None = None,
         template: Template | None = None,
         columns: Sequence[str] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
         hash_key: bytes = b"",
     ):
-        """`defaults` and `n` are for rows that name none (the flags). `chat`: True makes prompts user messages, False
-        refuses messages. `columns`: what is carried over (None: all that is not used). `hash_key`, up to 64 bytes,
-        stands for everything else that the answers depend on.
+        """`defaults`, `n` and `template_kwargs` are for rows that name none (the flags). `chat`: True makes prompts user
+        messages, False refuses messages. `columns`: what is carried over (None: all that is not used). `hash_key`, up
+        to 64 bytes, stands for everything else that the answers depend on.
         """
         if system is not None and chat is False:
             raise MinisglError("--system needs the chat template, and --no-chat turns it off: leave one of them out")
@@ -91,6 +94,7 @@ class RowParser:
             raise MinisglError("give --prompt-column or --template, not both")
         self.defaults, self.n, self.chat, self.system = defaults, n, chat, system
         self.prompt_column, self.template, self.columns = prompt_column, template, columns
+        self.template_kwargs = template_kwargs or {}
         self.hash_key = hash_key
 
     def parse(self, record: Record) -> Row | BadRow:
@@ -111,7 +115,8 @@ class RowParser:
             head = Head(index, head.key, index if id_ is None else read_id(id_), place, self._carry(values, {*KEYS}))
             self._check_keys(values)
             params, n = read_params(values, self.defaults), read_n(values.get("n"), self.n)
-            return self._with_chat(Row(head, params, n=n, **read_question(values)))
+            options = read_chat_options(values)
+            return self._with_chat(Row(head, params, n=n, chat_options=options, **read_question(values)))
         except RefusedRow as refused:
             return BadRow(head, row_error(refused.type, str(refused)))
 
@@ -162,10 +167,15 @@ class RowParser:
         if row.prompt is not None and row.head.form == "row" and (self.chat or self.system is not None):
             messages = [{"role": "user", "content": row.prompt}]
         if messages is None:
+            if row.chat_options:
+                refuse("tools and chat_template_kwargs need messages; --chat makes messages of prompts")
             return row
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        return Row(row.head, row.params, messages=messages, n=row.n)
+        options = row.chat_options
+        if self.template_kwargs:
+            options = {**options, "template_kwargs": self.template_kwargs | options.get("template_kwargs", {})}
+        return replace(row, prompt=None, messages=messages, chat_options=options)
 
     def _carry(self, values: dict[str, Any], used: set[str]) -> dict[str, Any]:
         if self.columns is not None:
@@ -191,7 +201,7 @@ class RowParser:
 
 def question_hash(row: Row) -> bytes:
     """Equal for rows that ask the same with the same parameters, whatever else they carry."""
-    content = repr((row.prompts, row.messages, row.params, row.n, row.head.form))
+    content = repr((row.prompts, row.messages, row.params, row.n, row.chat_options, row.head.form))
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 

@@ -5,10 +5,11 @@ Knows the tokenizer and the engine's interface. Does not know sources or outputs
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from minisgl.batch_run.parser import question_hash
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
+from minisgl.chat import ChatPrompt
 from minisgl.errors import MinisglError, RequestError
 from minisgl.request import CHOICE_STRIDE, Request
 
@@ -23,12 +24,23 @@ MAX_CHARS_PER_TOKEN = 256
 MAX_CUTS = 8  # of a conversation that is too long; each leaves less than it must, so the second mostly fits
 
 
+class Tokenized(NamedTuple):
+    """A row and the ids of its prompts, or why it has none. chat: the prompt of a conversation."""
+
+    row: Row
+    prompts: list[list[int]]
+    chat: ChatPrompt | None = None
+    error: RequestError | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A row on its way to the engine: its requests; or why it has none; or the earlier row that asks the same."""
+    """A row on its way to the engine: its requests; or why it has none; or the earlier row that asks the same. chat:
+    the prompt of a conversation, by which its answers are read."""
 
     head: Head
     requests: Sequence[Request] = ()
+    chat: ChatPrompt | None = None
     error: RowError | None = None
     leader: int | None = None
 
@@ -63,46 +75,52 @@ class PromptMaker:
                 done[row.head.index] = Prepared(row.head, leader=leader)
             else:
                 asked.append(row)
-        for row, prompts in self.tokenize(asked):
+        for one in self.tokenize(asked):
+            head = one.row.head
             try:
-                if isinstance(prompts, RequestError):
-                    raise prompts
-                done[row.head.index] = Prepared(row.head, self._requests(row, prompts))
+                if one.error:
+                    raise one.error
+                done[head.index] = Prepared(head, self._requests(one), one.chat)
             except RequestError as refusal:
-                done[row.head.index] = Prepared(row.head, error=row_error(refusal.type, str(refusal)))
+                done[head.index] = Prepared(head, error=row_error(refusal.type, str(refusal)))
         return [done[row.head.index] for row in rows]
 
-    def _requests(self, row: Row, prompts: list[list[int]]) -> list[Request]:
+    def _requests(self, asked: Tokenized) -> list[Request]:
         """One request for each sample of each prompt, prompt by prompt; their indices are CHOICE_STRIDE apart."""
-        params = row.params if row.n == 1 else replace(row.params, n=row.n)
+        row, chat = asked.row, asked.chat
+        params = chat.params if chat else row.params
+        if row.n > 1:
+            params = replace(params, n=row.n)
         requests: list[Request] = []
-        for ids in prompts:
+        for ids in asked.prompts:
             if self.on_long != "error":
                 ids = self._shorten(row, ids)
-            requests += self.llm.new_requests(ids, params, index=row.head.index + len(requests) * CHOICE_STRIDE)
+            index = row.head.index + len(requests) * CHOICE_STRIDE
+            requests += self.llm.new_requests(ids, params, index=index, thinks=chat is not None and chat.thinks)
         return requests
 
     # -- text to token ids --
 
-    def tokenize(self, rows: list[Row]) -> list[tuple[Row, list[list[int]] | RequestError]]:
+    def tokenize(self, rows: list[Row]) -> list[Tokenized]:
         """Each row with the ids of its prompts, or with why it has none. Texts are encoded together: in parallel."""
-        tokenized: list[tuple[Row, list[list[int]] | RequestError]] = []
+        tokenized: list[Tokenized] = []
         texts: list[tuple[list[int], str]] = []  # with the list that gets its ids
         rendered: list[tuple[list[int], str]] = []
         for row in rows:
             try:
                 self._check_text(row)
                 if row.messages is not None:
-                    prompts: list[list[int]] = [[]]
-                    rendered.append((prompts[0], self.llm.tokenizer.render(row.messages)))
+                    chat = self.llm.chat_format.prompt(row.messages, row.params, **row.chat_options)
+                    tokenized.append(Tokenized(row, [[]], chat))
+                    rendered.append((tokenized[-1].prompts[0], chat.text))
                 else:
                     prompts = [[] if isinstance(prompt, str) else prompt for prompt in row.prompts]
                     texts += [
                         (ids, text) for ids, text in zip(prompts, row.prompts, strict=True) if isinstance(text, str)
                     ]
-                tokenized.append((row, prompts))
+                    tokenized.append(Tokenized(row, prompts))
             except RequestError as error:
-                tokenized.append((row, error))
+                tokenized.append(Tokenized(row, [], error=error))
         if texts:
             _fill(texts, self.llm.tokenizer.encode_batch)
         if rendered:
@@ -158,7 +176,8 @@ class PromptMaker:
                     kept = self._cut(content, min(excess, len(content)))
                     longest["content"] = tokenizer.decode(kept).strip("\ufffd")
                     excess -= len(content) - len(kept)
-            ids = tokenizer.apply_chat_template(messages)
+            text = self.llm.chat_format.prompt(messages, row.params, **row.chat_options).text
+            [ids] = tokenizer.encode_rendered([text])
         return ids
 
     def _cut(self, ids: list[int], excess: int) -> list[int]:

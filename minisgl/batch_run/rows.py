@@ -7,6 +7,7 @@ fits the context is the engine's to say, for each request.
     id                                     string or number; default: the row's index, from 0
     n                                      samples of this row, 1 to 128
     any field of SamplingParams            wins over the flag; max_completion_tokens is another name of max_tokens
+    tools, tool_choice, parallel_tool_calls, chat_template_kwargs   of messages
     anything else                          is carried over to the output
 
 Two kinds of other keys are refused, since a parameter that is silently ignored costs a whole run: one that nearly is a
@@ -24,6 +25,7 @@ from typing import Any, NoReturn
 
 from minisgl.errors import RequestError
 from minisgl.messages import Message, normalize_messages
+from minisgl.parsers import read_tools
 from minisgl.request import SamplingParams
 
 RowId = str | int | float
@@ -31,13 +33,10 @@ RowId = str | int | float
 SOURCES = ("prompt", "messages", "prompt_token_ids")
 ALIASES = {"max_completion_tokens": "max_tokens"}
 PARAMETERS = (*(name for name in SamplingParams.names() if name != "n"), *ALIASES)
-KEYS = ("id", "n", *SOURCES, *PARAMETERS)
-UNSUPPORTED = tuple(
-    name
-    for name in ("stream", "logprobs", "top_logprobs", "logit_bias", "response_format", "tools", "tool_choice")
-    + ("presence_penalty", "frequency_penalty", "repetition_penalty")
-    if name not in PARAMETERS
-)
+TOOL_KEYS = ("tools", "tool_choice", "parallel_tool_calls")
+CHAT_KEYS = (*TOOL_KEYS, "chat_template_kwargs")
+KEYS = ("id", "n", *SOURCES, *PARAMETERS, *CHAT_KEYS)
+UNSUPPORTED = ("stream", "top_logprobs")
 MAX_SAMPLES = 128
 NEARLY = 0.8  # difflib's ratio from which a key counts as a misspelt one
 MAX_MESSAGE_CHARS = 500  # error messages quote values, and a value can be megabytes
@@ -91,7 +90,8 @@ class Head:
 class Row:
     """A row that asks for `n` answers; exactly one of prompt, messages and prompt_token_ids is set.
 
-    more_prompts: what else an OpenAI line with several prompts asks, for `n` answers each.
+    chat_options: of messages, what else ChatFormat.prompt is told. more_prompts: what else an OpenAI line with several
+    prompts asks, for `n` answers each.
     """
 
     head: Head
@@ -100,6 +100,7 @@ class Row:
     messages: list[Message] | None = None
     prompt_token_ids: list[int] | None = None
     n: int = 1
+    chat_options: dict[str, Any] = field(default_factory=dict)
     more_prompts: tuple[str | list[int], ...] = ()
 
     @property
@@ -188,6 +189,19 @@ def read_params(values: dict[str, Any], defaults: SamplingParams) -> SamplingPar
         refuse(str(error), "invalid_parameter")
 
 
+def read_chat_options(values: dict[str, Any]) -> dict[str, Any]:
+    """What is said of tools and the chat template, as keyword arguments of ChatFormat.prompt."""
+    options = {name: values[name] for name in TOOL_KEYS if values.get(name) is not None}
+    try:
+        read_tools(**options)
+    except RequestError as error:
+        refuse(str(error), error.type)
+    kwargs = values.get("chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        refuse(f"chat_template_kwargs must be an object, not {kind(kwargs)}", "invalid_parameter")
+    return {**options, "template_kwargs": kwargs} if kwargs else options
+
+
 def read_n(value: Any, default: int) -> int:
     if value is None:
         return default
@@ -241,7 +255,7 @@ def suspect(key: str) -> str:
     """Why a key that is no parameter may not be carried over as a label; "" when it may."""
     if key in UNSUPPORTED:
         return f"{key!r} is not supported; leave it out, or name the columns to carry over with --columns"
-    near = get_close_matches(key, PARAMETERS + SOURCES, n=1, cutoff=NEARLY)
+    near = get_close_matches(key, (*PARAMETERS, *SOURCES, *CHAT_KEYS), n=1, cutoff=NEARLY)
     if near:
         return f"unknown key {key[:80]!r}: did you mean {near[0]!r}? To carry it over, name it in --columns"
     return ""

@@ -15,6 +15,7 @@ from minisgl.batch_run.feeder import Feeder
 from minisgl.batch_run.output import Output
 from minisgl.batch_run.prompts import Leaders, OnLong, Prepared, PromptMaker
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError
+from minisgl.chat import ChatPrompt
 from minisgl.errors import MinisglError
 from minisgl.request import CHOICE_STRIDE, Request, Result
 
@@ -51,11 +52,12 @@ class Summary:
 @dataclass
 class Pending:
     """A row in flight: its samples that ended, prompt by prompt; the number that did not; and rows that wait for the
-    same answer."""
+    same answer. chat: the prompt of a conversation."""
 
     head: Head
     results: list[Result | None]
     num_missing: int
+    chat: ChatPrompt | None = None
     followers: list[Head] = field(default_factory=list)
 
 
@@ -123,7 +125,7 @@ class BatchRun:
                 lines.append(self._fail(prepared.head, prepared.error))
             elif prepared.leader is None:
                 count = len(prepared.requests)
-                self._pending[prepared.head.index] = Pending(prepared.head, [None] * count, count)
+                self._pending[prepared.head.index] = Pending(prepared.head, [None] * count, count, prepared.chat)
                 requests += prepared.requests
             elif prepared.leader in self._pending:
                 self._pending[prepared.leader].followers.append(prepared.head)
@@ -149,7 +151,7 @@ class BatchRun:
         if pending is None:  # the row was given up, with samples that had not started
             return []
         self._count(result, is_first=sample % (len(pending.results) // pending.head.num_prompts) == 0)
-        pending.results[sample] = result
+        pending.results[sample] = self.llm.read_answer(result, pending.chat) if pending.chat else result
         pending.num_missing -= 1
         if pending.num_missing:
             return []

@@ -1,16 +1,20 @@
 """A stand-in engine: answers a request after a few steps, with no model, so that the runner's own logic is tested."""
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from minisgl.chat import ChatFormat, ChatPrompt
 from minisgl.errors import RequestError
+from minisgl.llm import LLM
 from minisgl.request import CHOICE_STRIDE, Request, Result, SamplingParams, Usage
 
 
 class FakeTokenizer:
     has_chat_template = True
+    chat_template = "<think><tool_call>"
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[ord(char) % 1000 for char in text] for text in texts]
@@ -21,13 +25,12 @@ class FakeTokenizer:
     def decode(self, ids: list[int]) -> str:
         return "".join(map(chr, ids))
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> list[int]:
-        return self.encode_rendered([self.render(messages)])[0]
-
-    def render(self, messages: list[dict[str, Any]]) -> str:
+    def render(self, messages: list[dict[str, Any]], tools: Any = None, template_kwargs: Any = None) -> str:
         if not self.has_chat_template:
             raise RequestError("the model has no chat template")
-        return "\1" + "".join(message["content"] for message in messages) + "\2"
+        begun = "" if template_kwargs is None else json.dumps(template_kwargs)
+        names = "".join(tool["function"]["name"] for tool in tools or ())
+        return begun + names + "\1" + "".join(message["content"] for message in messages) + "\2"
 
     def encode_rendered(self, texts: list[str]) -> list[list[int]]:
         return self.encode_batch(texts)
@@ -43,7 +46,8 @@ class FakeLLM:
     def __init__(self, model: Any = None, **options: Any):
         self.model, self.options = model, options
         self.config = SimpleNamespace(max_running=options.get("max_running", 8), max_len=100)
-        self.tokenizer = FakeTokenizer()
+        self.tokenizer: Any = FakeTokenizer()
+        self.chat_format = ChatFormat(self.tokenizer)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.params: dict[int, SamplingParams] = {}
@@ -73,9 +77,14 @@ class FakeLLM:
         self.params[index], self.prompts[index] = params, prompt_ids
         return Request(index, prompt_ids, params, 200, frozenset())
 
-    def new_requests(self, prompt_ids: list[int], params: SamplingParams, *, index: int) -> list[Request]:
+    def new_requests(
+        self, prompt_ids: list[int], params: SamplingParams, *, index: int, thinks: bool = False
+    ) -> list[Request]:
         indices = range(index, index + (params.n or 1) * CHOICE_STRIDE, CHOICE_STRIDE)
         return [self.new_request(prompt_ids, params, index=place) for place in indices]
+
+    def read_answer(self, answer: Result, chat: ChatPrompt) -> Result:
+        return LLM.read_answer(self, answer, chat)  # type: ignore[arg-type]
 
     def submit(self, requests: list[Request]) -> None:
         self.waiting += requests[::-1]  # any order is allowed
