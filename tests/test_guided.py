@@ -2,16 +2,21 @@
 
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 pytest.importorskip("llguidance", reason="structured output needs minisgl[structured]")
 jsonschema = pytest.importorskip("jsonschema")
 
 from minisgl import LLM, SamplingParams  # noqa: E402
 from minisgl import engine_core as core_module  # noqa: E402
+from minisgl.demo import MODEL_PATH  # noqa: E402
 from minisgl.errors import RequestError  # noqa: E402
 from minisgl.structured import ResponseFormat  # noqa: E402
+from tests.test_structured import schemas  # noqa: E402
 from tests.tiny_models import make  # noqa: E402
 
 SMALL = {"device": "cpu", "dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
@@ -126,3 +131,32 @@ def test_openai_form_and_what_is_wrong_with_it():
     assert SamplingParams(response_format={"type": "text"}).response_format is None
     with pytest.raises(RequestError, match="response_format"):
         SamplingParams(response_format={"type": "xml"})
+
+
+def test_random_schemas_of_the_demo_model():
+    """Batches of different grammars: what is complete is valid, and what is cut says so."""
+    drawn = []
+
+    @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(schema=schemas)
+    def collect(schema):
+        drawn.append(schema)
+
+    collect()
+    with LLM(MODEL_PATH, device="cpu", max_running=64) as llm:
+        texts = {llm.tokenizer.decode([token]): token for token in range(llm.tokenizer.vocab_size)}
+        closing = {token: 10.0 for text, token in texts.items() if text[:1] in ('"', "}", "]")}  # or it goes on for long
+        question = llm.tokenizer.apply_chat_template([{"role": "user", "content": "Sort these: 3, 9, 1."}])
+        free = SamplingParams(temperature=1.0, max_tokens=80, logit_bias=closing)
+        params = [
+            replace(free, seed=seed, response_format=ResponseFormat(json_schema=schema))
+            for seed, schema in enumerate(drawn)
+        ]
+        results = llm.generate([question] * len(drawn), params)
+    outcomes = Counter(result.finish_reason for result in results)
+    for schema, result in zip(drawn, results, strict=True):
+        if result.finish_reason == "stop":
+            jsonschema.validate(json.loads(result.text), schema, jsonschema.Draft202012Validator)
+        elif result.finish_reason == "error":
+            assert "json_schema cannot be used" in str(result.error)
+    assert len(drawn) == 500 and outcomes["stop"] > 350 and outcomes["error"] < 50, outcomes
