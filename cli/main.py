@@ -8,12 +8,14 @@ from minisgl.cli.eval import evaluate
 from minisgl.cli.info import info
 from minisgl.cli.merge import merge
 from minisgl.cli.run import run
+from minisgl.cli.serve import serve
 
 EXAMPLES = """\b
 Examples:
   minisgl run prompts.jsonl                      answer a file with the demo model
   minisgl run prompts.jsonl -m path/to/model     with a Hugging Face checkpoint
   minisgl run --help                             rows, flags and more examples
+  minisgl serve -m path/to/model                 answer requests over HTTP, as OpenAI's API does
   minisgl eval demo                              score the demo model on its own tasks
   minisgl info                                   versions, devices and kernel path
 """
@@ -25,5 +27,5 @@ def main() -> None:
     """Run large language models fast, with every kernel written in Triton."""
 
 
-for command in (run, merge, evaluate, info, bench):
+for command in (run, serve, merge, evaluate, info, bench):
     main.add_command(command)

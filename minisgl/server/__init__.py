@@ -1,0 +1,13 @@
+"""The HTTP server: an API process in front of an engine process.
+
+    config          every setting of the server; the flags are made from it
+    protocol        the messages between the two processes
+    engine_process  EngineCore in a loop
+    engine_client   the engine as the API process sees it: start, generate, abort, restart
+    answering       prompts -> token ids -> engine -> pieces of text
+    chat, native    what the routes do: OpenAI's forms, SGLang's
+    app             the routes; guard: keys, limits, request ids; metrics; page.html
+    serve           start, signals, drain
+
+Nothing here unpickles: messages are msgpack (a test looks for it).
+"""

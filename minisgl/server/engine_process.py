@@ -1,0 +1,206 @@
+"""The engine process: requests of token ids come by the socket, EngineCore answers them step by step.
+
+    python -m minisgl.server.engine_process SOCKET
+
+Knows messages and EngineCore. Does not know text or HTTP. It ends with the process that started it: its stdin is a pipe
+that closes then, whatever a step is doing.
+"""
+
+import logging
+import os
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn
+
+import zmq
+
+from minisgl.config import EngineConfig
+from minisgl.engine_core import EngineCore
+from minisgl.errors import MinisglError, RequestError
+from minisgl.models.config import ModelConfig
+from minisgl.models.generation import generation_defaults
+from minisgl.request import Request, SamplingParams
+from minisgl.server import protocol
+from minisgl.server.protocol import Abort, Begin, CannotStart, Flush, Message, Ready, Refused, Stats, Submit, Tokens
+from minisgl.structured import GrammarCompiler, Matcher, ResponseFormat
+from minisgl.tokenizer import Tokenizer
+
+log = logging.getLogger("minisgl")
+
+COMPILING_POLL_MS = 1
+
+
+class EngineProcess:
+    """Serves one EngineCore over `socket`."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]", core: EngineCore, folder: Path) -> None:
+        self._socket = socket
+        self._core = core
+        self._folder = folder
+        self._requests: dict[int, Request] = {}
+        self._ids: dict[Request, int] = {}
+        self._num_sent: dict[Request, int] = {}  # output tokens
+        self._compiler: GrammarCompiler | None = None
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammars")  # they take up to seconds
+        self._compiling: dict[int, tuple[Submit, Future[Matcher]]] = {}
+
+    def run(self) -> NoReturn:
+        while True:
+            changed = self._receive()
+            progressed = self._core.step() if self._core.num_unfinished else []
+            if progressed or changed:
+                tokens = [self._tokens(request) for request in progressed]
+                send(self._socket, protocol.Stepped(tokens, self._stats()))
+
+    def _receive(self) -> bool:
+        """Take in all messages that are there; wait for one when nothing else is to do. True when there were any."""
+        submitted: list[Request] = []
+        received = False
+        if not self._core.num_unfinished:
+            self._socket.poll(COMPILING_POLL_MS if self._compiling else None)
+        while True:
+            try:
+                message = protocol.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                break
+            received = True
+            if isinstance(message, Submit) and message.response_format:
+                self._compiling[message.id] = message, self._threads.submit(self._compile, message)
+            elif isinstance(message, Submit):
+                submitted += self._new_request(message)
+            elif isinstance(message, Abort):
+                self._abort(message.id, submitted)
+            elif isinstance(message, Flush):
+                self._core.reset_prefix_cache()
+        for id in [id for id, (_, matcher) in self._compiling.items() if matcher.done()]:
+            submitted += self._new_request(*self._compiling.pop(id))
+        self._core.submit(submitted)
+        return received or bool(submitted)
+
+    def _new_request(self, message: Submit, matcher: "Future[Matcher] | None" = None) -> list[Request]:
+        """The request, in a list; none when it is refused."""
+        try:
+            request = self._core.new_request(
+                message.prompt_ids,
+                SamplingParams(**message.params),
+                index=message.index,
+                bans=message.bans,
+                matcher=matcher.result() if matcher else None,
+            )
+        except RequestError as error:
+            send(self._socket, Refused(message.id, str(error), error.type))
+            return []
+        self._requests[message.id] = request
+        self._ids[request] = message.id
+        self._num_sent[request] = 0
+        return [request]
+
+    def _compile(self, message: Submit) -> Matcher:
+        if self._compiler is None:
+            core = self._core
+            self._compiler = GrammarCompiler(Tokenizer(self._folder), core.model_config.vocab_size, core.eos_ids)
+        assert message.response_format is not None
+        return self._compiler.compile(ResponseFormat(**message.response_format)).matcher(message.grammar_after)
+
+    def _abort(self, id: int, submitted: list[Request]) -> None:
+        self._compiling.pop(id, None)
+        request = self._requests.get(id)
+        if request is None:
+            return
+        self._forget(request)
+        if request in submitted:
+            submitted.remove(request)
+        else:
+            self._core.abort(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[self._ids.pop(request)], self._num_sent[request]
+
+    def _tokens(self, request: Request) -> Tokens:
+        """What the request has got since the last time."""
+        id, first = self._ids[request], self._num_sent[request]
+        new = request.tokens[request.num_prompt + first : request.num_tokens].tolist()
+        self._num_sent[request] = request.num_output
+        logprobs = None if request.params.logprobs is None else request.logprobs[first:]
+        if not request.finish_reason:
+            return Tokens(id, new, request.cached_tokens, logprobs=logprobs)
+        self._forget(request)
+        scored = None if request.params.prompt_logprobs is None else request.prompt_logprobs
+        error = str(request.error) if request.error else None
+        by_token = request.finish_reason == "stop" and new[-1] in request.stop_ids
+        reason = request.finish_reason
+        return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error)
+
+    def _stats(self) -> Stats:
+        scheduler = self._core.scheduler
+        page_size = scheduler.pool.page_size
+        return Stats(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.pool.num_pages * page_size,
+            scheduler.pool.num_free * page_size,
+            scheduler.cache.num_evictable * page_size if scheduler.cache else 0,
+            scheduler.num_preemptions,
+        )
+
+
+def send(socket: "zmq.Socket[bytes]", message: Message) -> None:
+    socket.send(protocol.encode(message))
+
+
+def load(begin: Begin) -> EngineCore:
+    """The engine of a message; MinisglError when it cannot start."""
+    folder = Path(begin.folder)
+    model_config = ModelConfig.from_folder(folder)
+    defaults = generation_defaults(folder, model_config, begin.eos_id)
+    return EngineCore(EngineConfig(**begin.config), model_config, folder, defaults)
+
+
+def main(path: str) -> None:
+    """Connect to the socket at `path`, load what the first message says, and serve. Returns when it cannot start."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    socket = connect(zmq.Context(), path)
+    begin = protocol.decode_to_engine(socket.recv())
+    assert isinstance(begin, Begin), "the first message says what to load"
+    try:
+        core = load(begin)
+    except MinisglError as error:
+        send(socket, CannotStart(str(error)))
+        socket.close()
+        socket.context.term()  # waits until it is sent
+        return
+    send(
+        socket,
+        Ready(
+            max_len=core.engine.max_len,
+            vocab_size=core.model_config.vocab_size,
+            capacity=core.engine.num_pages * core.config.page_size,
+            page_size=core.config.page_size,
+            max_running=core.config.max_running,
+            dtype=core.config.dtype,
+            device=str(core.engine.device),
+        ),
+    )
+    EngineProcess(socket, core, Path(begin.folder)).run()
+
+
+def connect(context: "zmq.Context[zmq.Socket[bytes]]", path: str) -> "zmq.Socket[bytes]":
+    """A socket whose queues hold whatever is sent."""
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
+    socket.connect(f"ipc://{path}")
+    return socket
+
+
+def _end_with_parent() -> NoReturn:
+    while os.read(0, 1):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    main(sys.argv[1])

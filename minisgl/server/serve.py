@@ -1,0 +1,122 @@
+"""A server from its start to its end: load, listen, drain.
+
+Knows processes, sockets and signals. Does not know routes.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from minisgl.chat import ChatFormat
+from minisgl.config import EngineConfig
+from minisgl.errors import MinisglError
+from minisgl.server.answering import Answering
+from minisgl.server.app import create_app
+from minisgl.server.config import ServerConfig
+from minisgl.server.engine_client import EngineClient
+from minisgl.server.guard import MAX_HEADER_BYTES
+from minisgl.server.metrics import Metrics
+from minisgl.server.protocol import Ready
+from minisgl.server.served import ServedModel
+from minisgl.tokenizer import Tokenizer
+from minisgl.weights import resolve_model
+
+log = logging.getLogger("minisgl.server")
+
+ABORT_S = 5.0  # for aborted answers to reach their clients
+KEEP_ALIVE_S = 75
+
+OnReady = Callable[[str, ServedModel, Ready], None]  # with the URL
+
+
+def serve(
+    asked: EngineConfig, config: ServerConfig, origins: Collection[str] = (), on_ready: OnReady | None = None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. MinisglError when the model cannot be loaded or the port is taken."""
+    listener = listen(config.host, config.port)
+    folder = resolve_model(asked.model)
+    uvloop.run(_serve(asked, folder, config, origins, listener, on_ready))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; MinisglError when there can be none. Taken first, so that nothing is loaded in vain."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise MinisglError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host"
+        ) from error
+
+
+async def _serve(
+    asked: EngineConfig,
+    folder: Path,
+    config: ServerConfig,
+    origins: Collection[str],
+    listener: socket.socket,
+    on_ready: OnReady | None,
+) -> None:
+    loop = asyncio.get_running_loop()
+    tokenizer = await loop.run_in_executor(None, Tokenizer, folder)
+    name = config.served_model_name or (Path(asked.model).name if asked.model else "demo")
+    chat_format = ChatFormat(tokenizer, asked.reasoning_parser, asked.tool_parser)
+    model = ServedModel(name, asked.model or name, tokenizer, chat_format)
+    engine = EngineClient(asked, folder, tokenizer.eos_id, restarts=config.restart == "always")
+    starting = asyncio.ensure_future(engine.start())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, starting.cancel)
+    try:
+        ready = await starting
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    answering = Answering(engine, tokenizer, Metrics(name), max_queue=config.max_queue, deadline_s=config.deadline_s)
+    server = Server(
+        uvicorn.Config(
+            create_app(answering, model, config, origins),
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(config.drain_s + ABORT_S),
+        )
+    )
+
+    def drain() -> None:
+        """First time: finish what runs. Again, or when it takes too long: abort it."""
+        if answering.draining:
+            answering.abort()
+            return
+        log.info("draining: %d answers have %g s to finish", answering.num_admitted, config.drain_s)
+        answering.draining = True
+        server.should_exit = True
+        loop.call_later(config.drain_s, answering.abort)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, drain)
+    if on_ready:
+        on_ready(_url(config.host, listener), model, ready)
+    await server.serve([listener])
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, whose signals are handled here."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+        return contextlib.nullcontext()
