@@ -5,6 +5,7 @@ flag of each. A flag that is not given stays out of the result, so the model's o
 """
 
 import functools
+import json
 import os
 import signal
 import sys
@@ -132,6 +133,21 @@ class TextOrFile(click.ParamType[str]):
         if text is None and ":" not in value and "{" not in value:  # JSON and grammars have one of them
             self.fail(f"there is no file {value!r}", param, ctx)
         return value if text is None else text
+
+
+class JsonObject(click.ParamType[dict[str, Any]]):
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            self.fail(f"it is not JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail("it must be a JSON object", param, ctx)
+        return parsed
 
 
 class OneLineErrors(click.Command):

@@ -16,6 +16,7 @@ from minisgl.batch_run.rows import MAX_SAMPLES
 from minisgl.batch_run.runner import Summary
 from minisgl.cli.options import (
     ROWS_FAILED,
+    JsonObject,
     OneLineErrors,
     describe,
     engine_options,
@@ -37,7 +38,8 @@ A row of JSON has exactly one of these prompts:
   {"messages": [{"role": "user", "content": "What is 2 + 3?"}]}
   {"prompt_token_ids": [1, 2, 3]}
 It may also have "id" (string or number; default: the row's index), "n" and
-sampling parameters by their OpenAI names, which win over the flags:
+sampling parameters by their OpenAI names, which win over the flags; beside
+messages also tools, tool_choice and chat_template_kwargs:
   {"id": "a-7", "prompt": "Once", "temperature": 0.7, "max_tokens": 64, "stop": ["."]}
 Other keys are carried over to the output. Lines of OpenAI's Batch API are
 answered in its format.
@@ -53,6 +55,7 @@ Examples:
   minisgl run prompts.jsonl -o answers.jsonl -m path/to/model --max-tokens 256
   minisgl run reviews.csv --template 'Summarise: {{ text }}' -o summaries.parquet
   minisgl run prompts.jsonl --temperature 0 --limit 10
+  minisgl run reviews.csv --prompt-column text --chat --choice good --choice bad
   echo '{"prompt": "Hello"}' | minisgl run - --chat
 """
 
@@ -95,6 +98,12 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     default=None,
     help="--chat makes each prompt a user message of the chat template; --no-chat refuses messages. "
     "[default: prompts as they are, messages through the template]",
+)
+@click.option(
+    "--chat-template-kwargs",
+    type=JsonObject(),
+    metavar="JSON",
+    help="Arguments of the chat template for rows that have none, such as '{\"enable_thinking\": false}'.",
 )
 @click.option("--n", type=click.IntRange(1, MAX_SAMPLES), default=1, help="Samples of each row. [default: 1]")
 @click.option("--dedup", is_flag=True, help="Answer rows that ask the same once, and give all of them that answer.")

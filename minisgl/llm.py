@@ -314,6 +314,10 @@ class LLM:
             matcher=matcher,
         )
 
+    def check_params(self, params: SamplingParams) -> None:
+        """RequestError for parameters that this model cannot follow, whatever the prompt."""
+        self.new_request([0], params, index=0)
+
     def submit(self, requests: list[Request], *, streamed: bool = False) -> None:
         """Queue a burst, ordered so that shared prefixes are neighbours."""
         self.core.submit(requests)

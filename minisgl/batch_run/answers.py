@@ -1,7 +1,7 @@
 """Output lines: an answered or failed row becomes one line of JSON, and a line is known again when a job goes on.
 
-    id, index, text, [token_ids,] finish_reason, [logprobs,] [samples,] [prompt_logprobs,] usage, error, key, and the
-    columns that are carried over
+    id, index, text, [token_ids,] [reasoning,] [tool_calls,] finish_reason, [logprobs,] [samples,] [prompt_logprobs,]
+    usage, error, key, and the columns that are carried over
 
 Knows the schema of the output. Does not know files. A carried column that has a name of the output's gets "input_"
 before it.
@@ -14,11 +14,12 @@ from typing import Any
 from minisgl.batch_run import openai_batch
 from minisgl.batch_run.parser import jsonable
 from minisgl.batch_run.rows import Head, RowError, row_error
+from minisgl.openai.answers import Spell, tool_call_object
 from minisgl.request import Result, TokenLogprobs, Usage
 
 NAMES = (
-    *("id", "index", "text", "token_ids", "finish_reason", "logprobs", "samples", "prompt_logprobs"),
-    *("usage", "error", "key"),
+    *("id", "index", "text", "token_ids", "reasoning", "tool_calls", "finish_reason", "logprobs", "samples"),
+    *("prompt_logprobs", "usage", "error", "key"),
 )
 
 # json.dumps leaves these raw, and str.splitlines (so many a reader) takes them for the end of the line.
@@ -35,14 +36,16 @@ class Line:
     data: bytes
 
 
-def format_line(head: Head, outcome: list[Result] | RowError, *, return_token_ids: bool = False) -> Line:
+def format_line(
+    head: Head, outcome: list[Result] | RowError, *, return_token_ids: bool = False, spell: Spell | None = None
+) -> Line:
     """The line of a row's samples, or of its error. Samples with an error of the engine's make an error line that
-    keeps what they had."""
+    keeps what they had. `spell`: the text of a token, which logprobs in OpenAI's form have."""
     results = [] if isinstance(outcome, RowError) else outcome
     failed = next((result.error for result in results if result.error), None)
     error = outcome if isinstance(outcome, RowError) else failed and row_error(failed.type, str(failed))
     if head.form != "row":
-        values = openai_batch.answer_values(head, error or results)
+        values = openai_batch.answer_values(head, error or results, spell)
     else:
         values = _values(head, results or [Result("", [], "error", Usage())], error or None, return_token_ids)
     return Line(head.index, head.key, bool(error), dump(values))
@@ -77,6 +80,8 @@ def _values(head: Head, results: list[Result], error: RowError | None, return_to
         {
             "text": result.text,
             **({"token_ids": result.token_ids} if return_token_ids else {}),
+            **({"reasoning": result.reasoning} if result.reasoning else {}),
+            **({"tool_calls": [*map(tool_call_object, result.tool_calls)]} if result.tool_calls else {}),
             "finish_reason": "error" if error else result.finish_reason,
             **_logprobs("logprobs", result.logprobs),
         }

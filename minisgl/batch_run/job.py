@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from minisgl.llm import LLM
 
 
+ANY_MESSAGES = [{"role": role, "content": "Hello"} for role in ("user", "assistant")]
+
+
 @dataclass(frozen=True)
 class JobOptions:
     """What is asked of a job; README.md says what each means. `sampling` and `engine` hold what was given of
@@ -48,6 +51,7 @@ class JobOptions:
     system: str | None = None
     columns: Sequence[str] | None = None
     chat: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     n: int = 1
     dedup: bool = False
     on_long: OnLong = "error"
@@ -84,6 +88,7 @@ class Job:
             prompt_column=options.prompt_column,
             template=self.template,
             columns=options.columns,
+            template_kwargs=options.chat_template_kwargs,
             hash_key=self.manifest.hash_key,
         )
         self.output = open_output(
@@ -126,6 +131,7 @@ class Job:
                         "system": options.system,
                         "columns": options.columns,
                         "chat": options.chat,
+                        "chat_template_kwargs": options.chat_template_kwargs,
                         "n": options.n,
                         "dedup": options.dedup,
                         "on_long": options.on_long,
@@ -179,7 +185,9 @@ class Job:
             llm.close()
             raise MinisglError(f"{flag}: the model has no chat template; leave the flag out or choose a chat model")
         try:
-            llm.new_request([0], self.parser.defaults, index=0)  # flags that this model cannot follow
+            llm.check_params(self.parser.defaults)
+            if kwargs := self.options.chat_template_kwargs:
+                llm.chat_format.prompt(ANY_MESSAGES, self.parser.defaults, template_kwargs=kwargs)
         except BaseException:
             llm.close()
             raise

@@ -2,48 +2,30 @@
 
     https://platform.openai.com/docs/api-reference/batch
 
-Knows that format. The model that a body names is not used, -m chooses it, and comes back in the answer. Keys of the
-body that ask for what this engine does not do are refused, unless their value says that it is not wanted.
+Knows that format; bodies and answers are `minisgl.openai`'s. The model that a body names is not used, -m chooses it,
+and comes back in the answer.
 """
 
 import time
 from dataclasses import replace
 from typing import Any
 
-from minisgl.batch_run.rows import (
-    PARAMETERS,
-    Head,
-    Row,
-    RowError,
-    kind,
-    read_messages,
-    read_n,
-    read_params,
-    read_prompt,
-    read_token_ids,
-    refuse,
+from minisgl.batch_run.rows import Head, Row, RowError, kind, read_prompt, read_token_ids, refuse
+from minisgl.errors import RequestError
+from minisgl.openai.answers import (
+    Spell,
+    chat_logprobs,
+    completion,
+    completion_logprobs,
+    prompt_logprobs_object,
+    tool_call_object,
+    usage_object,
 )
+from minisgl.openai.bodies import read_chat, read_completion
+from minisgl.openai.errors import error_object
 from minisgl.request import Result, SamplingParams
 
 FORMS = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
-
-IGNORED = (
-    *("model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("stream_options", "parallel_tool_calls"),
-)
-UNANSWERED = ("logprobs", "prompt_logprobs")  # parameters of ours whose answer is in another form there
-# What asks for nothing. None always does.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "best_of": (1,),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-}
 
 
 def is_batch_line(values: dict[str, Any]) -> bool:
@@ -75,50 +57,45 @@ def read_batch_row(values: dict[str, Any], head: Head, defaults: SamplingParams,
         refuse(f"method is {method!r}; it must be POST")
     if not isinstance(url, str) or url not in FORMS:
         refuse(f"url is {url!r}; answered are {' and '.join(FORMS)}")
-    if not isinstance(body, dict):
-        refuse(f"body must be an object, not {kind(body)}")
     return _read_body(head, body, defaults, default_n)
 
 
-def _read_body(head: Head, body: dict[str, Any], defaults: SamplingParams, default_n: int) -> Row:
-    source = "messages" if head.form == "chat.completion" else "prompt"
-    body = {key: value for key, value in body.items() if not _asks_nothing(key, value)}
-    for key in body:
-        if key not in (source, "n", *PARAMETERS, *IGNORED) or key in UNANSWERED:
-            refuse(f"{key!r} in the body is not supported; leave it out", "invalid_parameter")
-    params, n = read_params(body, defaults), read_n(body.get("n"), default_n)
-    for name in UNANSWERED:
-        if getattr(params, name) is not None:
-            refuse(f"{name} (a flag) is not supported for OpenAI's lines; leave it out", "invalid_parameter")
-    value = body.get(source)
-    if value is None:
-        refuse(f"the body has no {source}")
-    if source == "messages":
-        return Row(head, params, messages=read_messages(value), n=n)
-    several = isinstance(value, list) and value and isinstance(value[0], (str, list))
-    prompts = [_read_prompt(prompt) for prompt in (value if several else [value])]
+def _read_body(head: Head, body: Any, defaults: SamplingParams, default_n: int) -> Row:
+    is_chat = head.form == "chat.completion"
+    try:
+        asked = (read_chat if is_chat else read_completion)(body, defaults)
+    except RequestError as error:
+        refuse(str(error), error.type)
+    params, n = replace(asked.params, n=None), asked.params.n or default_n
+    if asked.stream:
+        refuse("stream is not for files: leave it out", "invalid_parameter")
+    if not asked.separate_reasoning:
+        refuse("separate_reasoning is always true in files: leave it out", "invalid_parameter")
+    if is_chat:
+        return Row(head, params, messages=list(asked.messages), chat_options=dict(asked.chat_options), n=n)
+    if params.echo and params.logprobs is not None:
+        refuse("echo with logprobs is not supported in files: ask for prompt_logprobs", "invalid_parameter")
+    prompts = [_read_prompt(prompt) for prompt in asked.prompts]
     first = prompts[0]
-    asked = {"prompt": first} if isinstance(first, str) else {"prompt_token_ids": first}
-    return Row(replace(head, num_prompts=len(prompts)), params, n=n, more_prompts=tuple(prompts[1:]), **asked)
+    question = {"prompt": first} if isinstance(first, str) else {"prompt_token_ids": first}
+    return Row(replace(head, num_prompts=len(prompts)), params, n=n, more_prompts=tuple(prompts[1:]), **question)
 
 
-def _asks_nothing(key: str, value: Any) -> bool:
-    return value is None or any(type(value) is type(none) and value == none for none in NEUTRAL.get(key, ()))
-
-
-def _read_prompt(value: Any) -> str | list[int]:
+def _read_prompt(value: str | list[int]) -> str | list[int]:
     return read_token_ids(value) if isinstance(value, list) else read_prompt(value)
 
 
-def answer_values(head: Head, outcome: list[Result] | RowError) -> dict[str, Any]:
-    """The output line of an OpenAI line. Its id holds the row's index and key."""
+def answer_values(head: Head, outcome: list[Result] | RowError, spell: Spell | None = None) -> dict[str, Any]:
+    """The output line of an OpenAI line. Its id holds the row's index and key. `spell`: for answers with logprobs."""
     name = _name(head)
     error = None
     if isinstance(outcome, RowError):
         error = {"code": outcome.type, "message": outcome.message}
-        status, body = 400, {"error": {**error, "type": "invalid_request_error", "param": None}}
+        status, body = 400, error_object(outcome.message, code=outcome.type)
     else:
-        status, body = 200, _completion(head, outcome)
+        choices = [_choice(head, index, result, spell) for index, result in enumerate(outcome)]
+        usage = usage_object([result.usage for result in outcome], len(outcome) // head.num_prompts)
+        status, body = 200, completion(head.form, _completion_id(head), head.model, int(time.time()), choices, usage)
     response = {"status_code": status, "request_id": f"req_{name}", "body": body}
     return {"id": f"batch_req_{name}", "custom_id": head.id, "response": response, "error": error}
 
@@ -146,26 +123,22 @@ def _completion_id(head: Head) -> str:
     return f"{'chatcmpl' if head.form == 'chat.completion' else 'cmpl'}-{_name(head)}"
 
 
-def _completion(head: Head, results: list[Result]) -> dict[str, Any]:
-    choices = []
-    for index, result in enumerate(results):
-        content: dict[str, Any] = {"text": result.text}
-        if head.form == "chat.completion":
-            content = {"message": {"role": "assistant", "content": result.text, "refusal": None}}
-        choices.append({"index": index, **content, "logprobs": None, "finish_reason": result.finish_reason})
-    firsts = results[:: len(results) // head.num_prompts]  # the answers to one prompt follow one another
-    prompt_tokens = sum(result.usage.prompt_tokens for result in firsts)
-    completion_tokens = sum(result.usage.completion_tokens for result in results)
-    return {
-        "id": _completion_id(head),
-        "object": head.form,
-        "created": int(time.time()),
-        "model": head.model,
-        "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(result.usage.cached_tokens for result in firsts)},
-        },
-    }
+def _choice(head: Head, index: int, result: Result, spell: Spell | None) -> dict[str, Any]:
+    is_chat = head.form == "chat.completion"
+    choice: dict[str, Any] = {"index": index, **({"message": _message(result)} if is_chat else {"text": result.text})}
+    reason = "tool_calls" if result.tool_calls and result.finish_reason == "stop" else result.finish_reason
+    choice |= {"logprobs": None, "finish_reason": reason}
+    if spell and result.logprobs is not None:
+        choice["logprobs"] = (chat_logprobs if is_chat else completion_logprobs)(result.logprobs, spell)
+    if spell and result.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = prompt_logprobs_object(result.prompt_logprobs, spell)
+    return choice
+
+
+def _message(result: Result) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": result.text, "refusal": None}
+    if result.reasoning:
+        message["reasoning_content"] = result.reasoning
+    if result.tool_calls:
+        message |= {"content": result.text or None, "tool_calls": [*map(tool_call_object, result.tool_calls)]}
+    return message

@@ -84,9 +84,9 @@ class RowParser:
         template_kwargs: dict[str, Any] | None = None,
         hash_key: bytes = b"",
     ):
-        """`defaults`, `n` and `template_kwargs` are for rows that name none (the flags). `chat`: True makes prompts user
-        messages, False refuses messages. `columns`: what is carried over (None: all that is not used). `hash_key`, up
-        to 64 bytes, stands for everything else that the answers depend on.
+        """`defaults`, `n` and `template_kwargs` are for rows that name none (the flags). `chat`: True makes prompts
+        messages of the user, False refuses messages. `columns`: what is carried over (None: all that is not used).
+        `hash_key`, up to 64 bytes, stands for everything else that the answers depend on.
         """
         if system is not None and chat is False:
             raise MinisglError("--system needs the chat template, and --no-chat turns it off: leave one of them out")

@@ -134,13 +134,14 @@ class PromptMaker:
             if row.messages is not None
             else [len(prompt) for prompt in row.prompts if isinstance(prompt, str)]
         )
-        if not texts:
+        needs_spellings = row.head.form != "row" and (row.params.logprobs, row.params.prompt_logprobs) != (None, None)
+        if not texts and not needs_spellings:
             return
         try:
             _ = self.llm.tokenizer
         except MinisglError as error:
             raise RequestError(str(error), "no_tokenizer") from error
-        if max(texts) > MAX_CHARS_PER_TOKEN * self._max_len and self.on_long == "error":
+        if max(texts, default=0) > MAX_CHARS_PER_TOKEN * self._max_len and self.on_long == "error":
             raise RequestError(
                 f"the prompt has {max(texts):,} characters, which the context of {self._max_len:,} tokens cannot hold: "
                 "shorten it",

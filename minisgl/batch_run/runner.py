@@ -90,6 +90,7 @@ class BatchRun:
         self.summary = Summary()
         self._pending: dict[int, Pending] = {}  # by row index
         self._num_following = 0
+        self._spellings: dict[int, str] = {}  # of the vocabulary, at most
 
     def run(self, rows: Iterable[Row | BadRow]) -> Summary:
         """Answer every row. A row's own fault becomes its error row; any other exception ends the run."""
@@ -160,11 +161,17 @@ class BatchRun:
         results = [result for result in pending.results if result]
         lines = []
         for head in (pending.head, *pending.followers):
-            lines.append(format_line(head, results, return_token_ids=self.return_token_ids))
+            lines.append(format_line(head, results, return_token_ids=self.return_token_ids, spell=self._spell))
             failed = next((result.error for result in results if result.error), None)
             if failed:
                 self._note(head, RowError(failed.type, str(failed)))
         return lines
+
+    def _spell(self, token_id: int) -> str:
+        """A token's text, special or not."""
+        if token_id not in self._spellings:
+            self._spellings[token_id] = self.llm.tokenizer.decode([token_id], False)
+        return self._spellings[token_id]
 
     def _count(self, result: Result, is_first: bool) -> None:
         if is_first:

@@ -86,6 +86,9 @@ class FakeLLM:
     def read_answer(self, answer: Result, chat: ChatPrompt) -> Result:
         return LLM.read_answer(self, answer, chat)  # type: ignore[arg-type]
 
+    def check_params(self, params: SamplingParams) -> None:
+        """All are good."""
+
     def submit(self, requests: list[Request]) -> None:
         self.waiting += requests[::-1]  # any order is allowed
         self.peak = max(self.peak, self.num_unfinished)

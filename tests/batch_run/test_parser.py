@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from minisgl.batch_run.answers import format_line, parse_line, relabel
-from minisgl.batch_run.parser import RowParser, Template, jsonable
+from minisgl.batch_run.parser import RowParser, Template, jsonable, question_hash
 from minisgl.batch_run.rows import BadRow, Head, Record, Row, RowError
 from minisgl.errors import MinisglError
-from minisgl.request import Result, SamplingParams, Usage
+from minisgl.parsers import ToolCall
+from minisgl.request import Result, SamplingParams, TokenLogprobs, Usage
 
 FLAGS = SamplingParams(max_tokens=5)
 
@@ -31,6 +32,8 @@ def bad(value: Any, **options: Any) -> BadRow:
     assert isinstance(row, BadRow), row
     return row
 
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 # -- templates and columns --
 
@@ -180,18 +183,19 @@ def test_several_prompts_in_a_line() -> None:
         (batch_line("/v1/embeddings"), "url is '/v1/embeddings'"),
         ({**batch_line(), "method": "GET"}, "it must be POST"),
         ({**batch_line(), "custom_id": 7}, "custom_id must be a string"),
-        ({**batch_line(), "body": "x"}, "body must be an object"),
+        ({**batch_line(), "body": "x"}, "the body must be a JSON object"),
         (batch_line(messages=[]), "messages must be"),
-        (batch_line(model="m"), "the body has no messages"),
+        (batch_line(model="m"), "messages must be"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], temperature=-1), "temperature is -1"),
-        (batch_line(messages=[{"role": "user", "content": "Hi"}], tools=[{"type": "function"}]), "'tools'"),
-        (batch_line(messages=[{"role": "user", "content": "Hi"}], stream=True), "'stream'"),
-        (batch_line(messages=[{"role": "user", "content": "Hi"}], logprobs=True), "'logprobs'"),
-        (batch_line("/v1/completions", prompt="Hi", logprobs=1), "'logprobs'"),
-        (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "'temprature'"),
-        (batch_line("/v1/completions", prompt=["a", 1]), "not a number"),
-        (batch_line("/v1/completions", prompt=[]), "at least one"),
-        (batch_line("/v1/completions", prompt=[[1], []]), "at least one"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], tools=[{"type": "function"}]), "tools[0]"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], stream=True), "stream is not for files"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], top_logprobs=1), "needs logprobs: true"),
+        (batch_line("/v1/completions", prompt="Hi", logprobs=1, echo=True), "ask for prompt_logprobs"),
+        (batch_line("/v1/completions", prompt="Hi", tools=[]), "tools is not supported"),
+        (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "temprature is not supported"),
+        (batch_line("/v1/completions", prompt=["a", 1]), "must be a string, a list of token ids"),
+        (batch_line("/v1/completions", prompt=[]), "must be a string, a list of token ids"),
+        (batch_line("/v1/completions", prompt=[[1], []]), "must be a string, a list of token ids"),
     ],
 )
 def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: str) -> None:
@@ -206,10 +210,80 @@ def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: st
     assert answer.failed and parse_line(answer.data) == answer
 
 
-def test_a_flag_that_their_format_has_no_answer_for() -> None:
-    parser = RowParser(SamplingParams(logprobs=1))
-    row = parser.parse(Record(0, "line 1", json.dumps(batch_line()).encode()))
-    assert isinstance(row, BadRow) and "logprobs (a flag) is not supported" in row.error.message
+def test_logprobs_in_their_form() -> None:
+    logprobs = [TokenLogprobs(65, -0.5, ((65, -0.5), (66, -1.5))), TokenLogprobs(200, -2.0)]
+    result = Result("A", [65, 200], "stop", Usage(1, 2, 0), logprobs=logprobs)
+
+    def choice(line: dict[str, Any]) -> Any:
+        row = good(line)
+        assert row.params.logprobs == 2
+        spelled = format_line(row.head, [result], spell=lambda token: chr(token) if token < 128 else "\ufffd")
+        return json.loads(spelled.data)["response"]["body"]["choices"][0]
+
+    chat = choice(batch_line(messages=[{"role": "user", "content": "Hi"}], logprobs=True, top_logprobs=2))
+    first, second = chat["logprobs"]["content"]
+    assert {key: first[key] for key in ("token", "logprob", "bytes")} == {"token": "A", "logprob": -0.5, "bytes": [65]}
+    assert [(other["token"], other["logprob"]) for other in first["top_logprobs"]] == [("A", -0.5), ("B", -1.5)]
+    assert (second["bytes"], second["top_logprobs"]) == (None, []), "a part of a character has no bytes of its own"
+    assert choice(batch_line("/v1/completions", prompt="Hi", logprobs=2))["logprobs"] == {
+        "tokens": ["A", "\ufffd"],
+        "token_logprobs": [-0.5, -2.0],
+        "top_logprobs": [{"A": -0.5, "B": -1.5}, {}],
+        "text_offset": [0, 1],
+    }
+
+
+def test_thinking_and_tool_calls_in_their_form() -> None:
+    call = ToolCall("call_1", "weather", '{"city": "Rome"}')
+    result = Result("", [1], "stop", Usage(1, 1, 0), reasoning="Rome, then.", tool_calls=(call,))
+    row = good(batch_line(messages=[{"role": "user", "content": "Hi"}], tools=[TOOL], tool_choice="required"))
+    assert row.chat_options["tools"] == [TOOL] and row.chat_options["tool_choice"] == "required"
+    [choice] = json.loads(format_line(row.head, [result]).data)["response"]["body"]["choices"]
+    calls = [{"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "reasoning_content": "Rome, then.",
+        "tool_calls": calls,
+    }
+    assert choice["finish_reason"] == "tool_calls"
+    ours = json.loads(format_line(good({"messages": row.messages}).head, [result]).data)
+    assert (ours["reasoning"], ours["tool_calls"], ours["finish_reason"]) == ("Rome, then.", calls, "stop")
+    assert list(ours)[2:6] == ["text", "reasoning", "tool_calls", "finish_reason"]
+
+
+def test_what_a_conversation_may_say() -> None:
+    ask = {"messages": [{"role": "user", "content": "Hi"}]}
+    options = {"tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": False}
+    kwargs = {"enable_thinking": False}
+    assert good(ask).chat_options == {}
+    row = good(ask | options | {"chat_template_kwargs": kwargs, "tool": None})
+    assert row.chat_options == {**options, "template_kwargs": kwargs} and row.head.columns == {"tool": None}
+    flags = {"enable_thinking": True, "date_string": "now"}
+    row = good(ask | {"chat_template_kwargs": kwargs}, template_kwargs=flags)
+    assert row.chat_options == {"template_kwargs": {"enable_thinking": False, "date_string": "now"}}
+    assert good({"prompt": "x"}, template_kwargs=flags).chat_options == {}
+    assert good({"prompt": "x", "tools": [TOOL]}, chat=True).chat_options == {"tools": [TOOL]}
+    hashes = {
+        question_hash(good(ask | more)) for more in ({}, options, {"chat_template_kwargs": kwargs}, {"stop": "."})
+    }
+    assert len(hashes) == 4, "rows that ask for something else are others"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"prompt": "x", "tools": [{"type": "function"}]}, "tools[0].function must be an object"),
+        ({"prompt": "x", "tool_choice": "required"}, "there are no tools"),
+        ({"prompt": "x", "chat_template_kwargs": []}, "chat_template_kwargs must be an object, not a list"),
+        ({"prompt": "x", "chat_template_kwargs": {"enable_thinking": True}}, "need messages; --chat"),
+        ({"prompt": "x", "response_format": {"type": "json"}}, "response_format must be an object"),
+        ({"prompt": "x", "tols": []}, "did you mean 'tools'?"),
+    ],
+)
+def test_what_it_may_not_say(more: dict[str, Any], says: str) -> None:
+    assert says in bad(json.dumps(more).encode()).error.message
 
 
 def test_the_answer_of_a_row_that_asks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
