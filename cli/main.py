@@ -4,6 +4,7 @@ import click
 
 import minisgl
 from minisgl.cli.bench import bench
+from minisgl.cli.chat import chat
 from minisgl.cli.eval import evaluate
 from minisgl.cli.info import info
 from minisgl.cli.merge import merge
@@ -16,6 +17,7 @@ Examples:
   minisgl run prompts.jsonl -m path/to/model     with a Hugging Face checkpoint
   minisgl run --help                             rows, flags and more examples
   minisgl serve -m path/to/model                 answer requests over HTTP, as OpenAI's API does
+  minisgl chat                                   talk to the demo model
   minisgl eval demo                              score the demo model on its own tasks
   minisgl info                                   versions, devices and kernel path
 """
@@ -27,5 +29,5 @@ def main() -> None:
     """Run large language models fast, with every kernel written in Triton."""
 
 
-for command in (run, serve, merge, evaluate, info, bench):
+for command in (run, serve, chat, merge, evaluate, info, bench):
     main.add_command(command)

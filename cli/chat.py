@@ -1,0 +1,244 @@
+"""`minisgl chat`: talk to a model, one that is loaded here or one behind `minisgl serve`.
+
+Knows a terminal and a conversation. What answers is a `Backend`.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from minisgl.cli.options import OneLineErrors, engine_options, model_option, sampling_options
+from minisgl.errors import MinisglError, RequestError
+from minisgl.messages import Message
+from minisgl.request import SamplingParams, Usage
+
+if TYPE_CHECKING:
+    from minisgl import LLM
+
+HELP = """\
+/reset         forget the conversation
+/system TEXT   begin anew with a system message
+/save FILE     write the conversation as JSON lines that `minisgl run` reads
+/stats         tokens and speed of the last answer
+/exit          end (so does Ctrl-D)
+\"\"\"            begins and ends a message of several lines
+Ctrl-C         stops the answer"""
+PROMPT, MORE, QUOTES = "> ", ". ", '"""'
+URL_TIMEOUT_S = 600
+KEY_VARIABLE = "MINISGL_API_KEY"
+
+
+class Backend(Protocol):
+    """Answers a conversation piece by piece. Closing the iterator stops the answer."""
+
+    usage: Usage  # of the last answer
+
+    def answer(self, messages: list[Message]) -> Iterator[str]: ...
+
+
+class LocalModel:
+    """A model that is loaded here."""
+
+    def __init__(self, llm: "LLM", params: SamplingParams) -> None:
+        self._llm, self._params = llm, params
+        self.usage = Usage()
+
+    def answer(self, messages: list[Message]) -> Iterator[str]:
+        for delta in self._llm.stream(messages, self._params):
+            if delta.result:
+                self.usage = delta.result.usage
+                if delta.result.error:
+                    raise delta.result.error
+            yield delta.text
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible server; its key is in MINISGL_API_KEY."""
+
+    def __init__(self, url: str, params: dict[str, Any]) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise MinisglError(f"--url is {url!r}; it must begin with http:// or https://")
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._params = params
+        self.usage = Usage()
+        with self._ask("/models") as response:
+            self._model = json.load(response)["data"][0]["id"]
+
+    def answer(self, messages: list[Message]) -> Iterator[str]:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": self._model, "messages": messages, **self._params, **options}
+        with self._ask("/chat/completions", body) as response:
+            for line in response:
+                data = line.removeprefix(b"data: ").strip()
+                if data in (b"", b"[DONE]"):
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise RequestError(event["error"]["message"])
+                if event.get("usage"):
+                    self.usage = _usage(event["usage"])
+                for choice in event["choices"]:
+                    delta = choice["delta"]
+                    yield (delta.get("reasoning_content") or "") + (delta.get("content") or "")
+
+    def _ask(self, path: str, body: Any = None) -> Any:
+        headers = {"content-type": "application/json"}
+        if os.environ.get(KEY_VARIABLE):
+            headers["authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, headers)
+        try:
+            return urllib.request.urlopen(request, timeout=URL_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            raise RequestError(_message(error)) from error
+        except OSError as error:
+            raise MinisglError(
+                f"{self._url} does not answer ({getattr(error, 'reason', error)}): start `minisgl serve`, or name "
+                "another --url"
+            ) from error
+
+
+def _usage(value: dict[str, Any]) -> Usage:
+    cached = (value.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Usage(value["prompt_tokens"], value["completion_tokens"], cached)
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the server answered with status {error.code}"
+
+
+@dataclass
+class Shell:
+    """A conversation on a terminal."""
+
+    backend: Backend
+    messages: list[Message] = field(default_factory=list)
+    seconds: float = 0.0  # of the last answer
+
+    def run(self) -> None:
+        """Until /exit or the end of the input."""
+        while True:
+            try:
+                text = read_message()
+                if text == "/exit":
+                    return
+                if text.startswith("/"):
+                    self.command(text)
+                elif text.strip():
+                    self.say(text)
+            except EOFError:
+                return
+            except KeyboardInterrupt:  # between two answers
+                click.echo("\n(/exit or Ctrl-D ends)", err=True)
+
+    def command(self, text: str) -> None:
+        """Do what a line with a slash says."""
+        name, _, rest = text.partition(" ")
+        rest = rest.strip()
+        if name == "/reset":
+            self.messages = [message for message in self.messages[:1] if message["role"] == "system"]
+        elif name == "/system" and rest:
+            self.messages = [{"role": "system", "content": rest}]
+        elif name == "/save" and rest:
+            self.save(Path(rest).expanduser())
+        elif name == "/stats":
+            click.echo(self.stats(), err=True)
+        else:
+            click.echo(HELP, err=True)
+
+    def say(self, text: str) -> None:
+        """Ask, and print the answer as it comes. A message that cannot be answered does not stay in the conversation;
+        what an answer had when it was stopped does."""
+        asked: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        pieces: list[str] = []
+        start = time.monotonic()
+        answer = self.backend.answer(asked)
+        try:
+            with contextlib.closing(answer):  # type: ignore[type-var]
+                for piece in answer:
+                    pieces.append(piece)
+                    click.echo(piece, nl=False)
+        except KeyboardInterrupt:
+            click.echo(" [stopped]", nl=False)
+        except RequestError as error:
+            click.echo(f"Error: {error}", err=True)
+            return
+        self.seconds = time.monotonic() - start
+        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+        click.echo()
+
+    def save(self, path: Path) -> None:
+        """Write the conversation; an existing file is left as it is."""
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            click.echo(f"Error: {path}: {error.strerror}; name another file", err=True)
+        else:
+            click.echo(f"{len(self.messages)} messages are in {path}", err=True)
+
+    def stats(self) -> str:
+        usage = self.backend.usage
+        speed = usage.completion_tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"prompt {usage.prompt_tokens:,} tokens, {usage.cached_tokens:,} of them cached; "
+            f"answer {usage.completion_tokens:,} tokens in {self.seconds:.2f} s ({speed:,.1f} tokens/s)"
+        )
+
+
+def read_message() -> str:
+    """A line, or what stands between two lines with three quotes."""
+    line = _read_line(PROMPT)
+    if not line.startswith(QUOTES):
+        return line
+    lines = [line.removeprefix(QUOTES)]
+    while not lines[-1].endswith(QUOTES):
+        lines.append(_read_line(MORE))
+    return "\n".join(lines).removesuffix(QUOTES).strip("\n")
+
+
+def _read_line(prompt: str) -> str:
+    """Prompts are for people: a script's output has the answers alone."""
+    return input(prompt if sys.stdin.isatty() else "")
+
+
+@click.command(cls=OneLineErrors, epilog="\b\n" + HELP, short_help="Talk to a model in the terminal.")
+@model_option
+@click.option("--url", help="A running server, instead of loading a model; its key is in MINISGL_API_KEY.")
+@click.option("--system", metavar="TEXT", help="A system message.")
+@sampling_options
+@engine_options
+def chat(
+    model: str | None, url: str | None, system: str | None, sampling: dict[str, Any], engine: dict[str, Any]
+) -> None:
+    """Talk to a model in the terminal."""
+    if url and (model or engine):
+        raise MinisglError("--url is a server that has its model: leave out -m and the engine's flags")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (input() edits lines with it)
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    params = SamplingParams(**sampling)
+    if url:
+        remote = RemoteModel(url, sampling)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        Shell(remote, messages).run()
+        return
+    from minisgl import LLM
+
+    with LLM(model, **engine) as llm:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C stops an answer, not the shell
+        Shell(LocalModel(llm, params), messages).run()
