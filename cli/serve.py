@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 NEEDED = ("fastapi", "uvicorn", "uvloop", "zmq", "msgspec", "prometheus_client")
 
 EXAMPLES = """\b
-Routes: /v1/chat/completions /v1/completions /v1/models /generate /tokenize /detokenize /health /health_generate
-/metrics /flush_cache /abort_request /get_model_info, and a page to watch at /.
+Routes: /v1/chat/completions /v1/completions /v1/responses /v1/embeddings /v1/models /generate /tokenize /detokenize
+/health /health_generate /metrics /flush_cache /abort_request /get_model_info, and a page to watch at /.
 
 SIGTERM or Ctrl-C once lets running requests finish for --drain-s; twice aborts them.
 

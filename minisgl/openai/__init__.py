@@ -2,6 +2,8 @@
 
     fields       a body's keys, taken one by one; what is left over is refused
     bodies       chat completions and completions
+    responses    the newer form of chat
+    embeddings   vectors of texts
     answers      completions, their chunks, logprobs and usage
     errors       the error object
 

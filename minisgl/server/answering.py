@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from minisgl.detokenizer import Detokenizer
 from minisgl.errors import RequestError
-from minisgl.request import CHOICE_STRIDE, MAX_BAN_TOKENS, FinishReason, SamplingParams, TokenLogprobs, Usage
+from minisgl.request import CHOICE_STRIDE, MAX_BAN_TOKENS, FinishReason, Pooling, SamplingParams, TokenLogprobs, Usage
 from minisgl.server.engine_client import DeadlinePassed, EngineClient, EngineDied, Generation
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Tokens
@@ -50,6 +50,7 @@ class Piece:
     usage: Usage | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     stop_token: int | None = None
+    embedding: bytes | None = None  # fp32
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Question:
     index: int
     bans: list[list[int]]
     grammar_after: int | None
+    pooling: Pooling | None
     request_id: str
     whole: bool
     arrival: float
@@ -106,6 +108,7 @@ class AnswerText:
             Usage(self._num_prompt, self._num_output, tokens.cached_tokens) if reason else None,
             tokens.prompt_logprobs,
             ids[-1] if tokens.by_token and not stopped else None,
+            tokens.embedding,
         )
 
 
@@ -169,24 +172,34 @@ class Answering:
         request_id: str = "",
         whole: bool = False,
         grammar_after: int | None = None,
+        pooling: Pooling | None = None,
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all answers as they come, each with its answer's place: `params.n` answers to a prompt follow
-        one another. `whole`: one piece for each answer. `grammar_after`: see Submit. Ending the iteration early
-        (aclose) ends them all."""
+        one another. `whole`: one piece for each answer. `grammar_after` and `pooling`: see Submit. Ending the iteration
+        early (aclose) ends them all."""
         n = params.n or 1
         kept = params.truncate_prompt_tokens
         bans = await self.in_thread(self._bans, params) if params.bad_words else []
         arrival = time.monotonic()
-        deadline = arrival + self._deadline_s if self._deadline_s else None
+        question = Question(
+            [],
+            params,
+            0,
+            bans,
+            grammar_after,
+            pooling,
+            request_id,
+            whole,
+            arrival,
+            arrival + self._deadline_s if self._deadline_s else None,
+        )
         streams = []
         for prompt in prompts:
             ids, index = prompt[-kept:] if kept else prompt, next(self._indices)
             for place in range(n):
                 own = params if params.seed is None else replace(params, seed=(params.seed + place) % 2**63)
-                question = Question(
-                    ids, own, index + place * CHOICE_STRIDE, bans, grammar_after, request_id, whole, arrival, deadline
-                )
-                streams.append(self._answer(question))
+                one = replace(question, prompt_ids=ids, params=own, index=index + place * CHOICE_STRIDE)
+                streams.append(self._answer(one))
         merged = merge(streams)
         try:
             async for place, piece in merged:
@@ -228,6 +241,7 @@ class Answering:
             index=question.index,
             bans=question.bans,
             grammar_after=question.grammar_after,
+            pooling=question.pooling,
         )
         self._generations[generation] = question.request_id
         loop, deadline = asyncio.get_running_loop(), question.deadline

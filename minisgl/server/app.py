@@ -17,7 +17,9 @@ from starlette.middleware.cors import CORSMiddleware
 import minisgl
 from minisgl.errors import RequestError
 from minisgl.openai.bodies import Asked, read_chat, read_completion, read_prompts
+from minisgl.openai.embeddings import read_embeddings
 from minisgl.openai.fields import Fields
+from minisgl.openai.responses import read_response
 from minisgl.request import SamplingParams
 from minisgl.server.answering import Answering, EngineFailed, Unavailable
 from minisgl.server.completions import Completions
@@ -26,6 +28,7 @@ from minisgl.server.engine_client import DeadlinePassed, EngineDied
 from minisgl.server.guard import Guard
 from minisgl.server.http import ClientGone, error_response, event_stream, json_response, read_json, while_connected
 from minisgl.server.native import Native, read_generate
+from minisgl.server.responses import Responses, embed
 from minisgl.server.served import ServedModel
 
 PAGE = Path(__file__).parent / "page.html"
@@ -64,6 +67,7 @@ def create_app(
 
 def _add_openai_routes(app: FastAPI, answering: Answering, model: ServedModel) -> None:
     completions = Completions(answering, model)
+    responses = Responses(answering, model, completions)
 
     async def answer(request: Request, read: Callable[[Any], Asked], whole: Any, chunks: Any) -> Response:
         asked = read(await read_json(request))
@@ -80,6 +84,22 @@ def _add_openai_routes(app: FastAPI, answering: Answering, model: ServedModel) -
     @app.post("/v1/completions")
     async def complete(request: Request) -> Response:
         return await answer(request, read_completion, completions.complete, completions.completion_chunks)
+
+    @app.post("/v1/responses")
+    async def respond(request: Request) -> Response:
+        asked = read_response(await read_json(request))
+        model.check(asked.model)
+        request_id = request.scope["request_id"]
+        if asked.stream:
+            return await event_stream(request, responses.events(asked, request_id), done="")
+        return json_response(await while_connected(request.receive, responses.respond(asked, request_id)))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Response:
+        asked = read_embeddings(await read_json(request))
+        model.check(asked.model)
+        work = embed(answering, model, asked, request.scope["request_id"])
+        return json_response(await while_connected(request.receive, work))
 
     def card() -> dict[str, object]:
         ready = answering.engine.ready

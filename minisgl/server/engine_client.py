@@ -25,7 +25,7 @@ import zmq.asyncio
 import minisgl
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
-from minisgl.request import SamplingParams
+from minisgl.request import Pooling, SamplingParams
 from minisgl.server import protocol
 from minisgl.server.protocol import CannotStart, Message, Ready, Refused, Stats, Stepped, Submit, Tokens
 
@@ -133,9 +133,10 @@ class EngineClient:
         index: int = 0,
         bans: Sequence[list[int]] = (),
         grammar_after: int | None = None,
+        pooling: Pooling | None = None,
     ) -> Generation:
-        """Submit a prompt. `index` and `bans`: see `EngineCore.new_request`; `grammar_after`: see Submit. EngineDied
-        when there is no engine."""
+        """Submit a prompt. `index` and `bans`: see `EngineCore.new_request`; `grammar_after` and `pooling`: see Submit.
+        EngineDied when there is no engine."""
         if self.ready is None:
             raise EngineDied("the engine is starting")
         generation = Generation(self, next(self._ids))
@@ -144,7 +145,7 @@ class EngineClient:
         for name in ("n", "stop", "bad_words", "echo", "truncate_prompt_tokens", "response_format"):
             given.pop(name, None)
         form = vars(params.response_format) if params.response_format else None
-        self._send(Submit(generation.id, list(prompt_ids), given, index, list(bans), form, grammar_after))
+        self._send(Submit(generation.id, list(prompt_ids), given, index, list(bans), form, grammar_after, pooling))
         self._generations[generation.id] = generation
         return generation
 

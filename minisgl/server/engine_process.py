@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import zmq
 
 from minisgl.config import EngineConfig
@@ -88,6 +89,7 @@ class EngineProcess:
                 index=message.index,
                 bans=message.bans,
                 matcher=matcher.result() if matcher else None,
+                pooling=message.pooling,
             )
         except RequestError as error:
             send(self._socket, Refused(message.id, str(error), error.type))
@@ -131,7 +133,8 @@ class EngineProcess:
         error = str(request.error) if request.error else None
         by_token = request.finish_reason == "stop" and new[-1] in request.stop_ids
         reason = request.finish_reason
-        return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error)
+        vector = _embedding(request) if request.pooling else None
+        return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error, vector)
 
     def _stats(self) -> Stats:
         scheduler = self._core.scheduler
@@ -144,6 +147,13 @@ class EngineProcess:
             scheduler.cache.num_evictable * page_size if scheduler.cache else 0,
             scheduler.num_preemptions,
         )
+
+
+def _embedding(request: Request) -> bytes:
+    """The pooled hidden state at length 1  # [hidden] fp32."""
+    assert request.hidden_sum is not None
+    norm = float(np.linalg.norm(request.hidden_sum))  # of a sum or of its mean, the direction is the same
+    return (request.hidden_sum / max(norm, 1e-12)).astype("<f4").tobytes()
 
 
 def send(socket: "zmq.Socket[bytes]", message: Message) -> None:

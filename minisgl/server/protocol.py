@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from minisgl.errors import RequestError
-from minisgl.request import FinishReason, TokenLogprobs
+from minisgl.request import FinishReason, Pooling, TokenLogprobs
 
 MAX_MESSAGE_BYTES = 256 << 20  # a prompt of a million tokens takes 5 MB
 
@@ -30,7 +30,8 @@ class Begin(Message, frozen=True):
 
 class Submit(Message, frozen=True):
     """Answer a prompt. `params`: fields of SamplingParams that are not None. `bans`: see Request. `response_format`:
-    fields of ResponseFormat, in force from the start or from after the token `grammar_after`."""
+    fields of ResponseFormat, in force from the start or from after the token `grammar_after`. `pooling`: of the
+    embedding that is asked for."""
 
     id: int
     prompt_ids: list[int]
@@ -39,6 +40,7 @@ class Submit(Message, frozen=True):
     bans: list[list[int]]
     response_format: dict[str, Any] | None = None
     grammar_after: int | None = None
+    pooling: Pooling | None = None
 
 
 class Abort(Message, frozen=True):
@@ -86,7 +88,7 @@ class Refused(Message, frozen=True):
 class Tokens(msgspec.Struct, array_like=True, frozen=True):
     """What a step adds to a request; more comes unless there is a finish_reason. `by_token`: the last token ended
     the request, and is not of the text. `cached_tokens`: of the prompt, found in the prefix cache.
-    `prompt_logprobs` come with the last."""
+    `prompt_logprobs` and `embedding` come with the last."""
 
     id: int
     token_ids: list[int]
@@ -96,6 +98,7 @@ class Tokens(msgspec.Struct, array_like=True, frozen=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    embedding: bytes | None = None  # fp32, of length 1
 
 
 class Stats(Message, frozen=True):

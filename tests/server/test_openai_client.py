@@ -186,3 +186,39 @@ def test_a_prompt_that_is_too_long_has_the_code_of_openai(ai: Any) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ai.completions.create(model="demo", prompt=[5] * 5000, stream=True)
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_responses(ai: Any) -> None:
+    answer = ai.responses.create(model="demo", input="What is 2 + 3?", temperature=0)
+    assert answer.output_text == "5"
+    assert (answer.status, answer.usage.input_tokens, answer.usage.output_tokens) == ("completed", 16, 2)
+    items = [{"role": "user", "content": [{"type": "input_text", "text": "What is 2 + 3?"}]}]
+    with ai.responses.stream(model="demo", input=items, temperature=0) as stream:
+        text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert text == stream.get_final_response().output_text == "5"
+    cut = ai.responses.create(model="demo", input="Please reverse the word coral.", max_output_tokens=1)
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    for field, value in (("previous_response_id", "resp_1"), ("tools", [{"type": "web_search"}]), ("store", True)):
+        with pytest.raises(openai.BadRequestError) as refused:
+            ai.responses.create(model="demo", input="Hello", **{field: value})
+        assert refused.value.param == field
+
+
+def test_a_response_follows_a_schema(ai: Any) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    form = {"type": "json_schema", "name": "answer", "schema": SCHEMA, "strict": True}
+    answer = ai.responses.create(model="demo", input="What is 2 + 3?", text={"format": form}, max_output_tokens=64)
+    assert set(json.loads(answer.output_text)) == {"sum"}
+
+
+def test_embeddings(ai: Any) -> None:
+    texts = ["What is 2 + 3?", "Name the capital of Chad."]
+    found = ai.embeddings.create(model="demo", input=texts)
+    floats = ai.embeddings.create(model="demo", input=texts[0], encoding_format="float")
+    first = found.data[0].embedding
+    assert sum(value * value for value in first) == pytest.approx(1, abs=1e-4)
+    assert floats.data[0].embedding == pytest.approx(first, abs=1e-5)
+    assert first != pytest.approx(found.data[1].embedding, abs=1e-2)
+    with pytest.raises(openai.BadRequestError) as refused:
+        ai.embeddings.create(model="demo", input=texts, dimensions=4)
+    assert refused.value.param == "dimensions"
