@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from minisgl.errors import MinisglError
+    from minisgl.errors import MinisglError, RequestError
     from minisgl.llm import LLM, Delta
-    from minisgl.request import Result, SamplingParams, Score, TokenLogprobs, Usage
+    from minisgl.request import Embedding, Result, SamplingParams, Score, TokenLogprobs, Usage
+    from minisgl.structured import ResponseFormat
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Delta",
+    "Embedding",
     "MinisglError",
+    "RequestError",
+    "ResponseFormat",
     "Result",
     "SamplingParams",
     "Score",
@@ -33,8 +37,11 @@ __all__ = [
 
 _HOME = {
     "Delta": "minisgl.llm",
+    "Embedding": "minisgl.request",
     "LLM": "minisgl.llm",
     "MinisglError": "minisgl.errors",
+    "RequestError": "minisgl.errors",
+    "ResponseFormat": "minisgl.structured",
     "Result": "minisgl.request",
     "SamplingParams": "minisgl.request",
     "Score": "minisgl.request",

@@ -511,9 +511,9 @@ def _one_each(params: Params, count: int) -> Sequence[SamplingParams]:
     if isinstance(params, Sequence) and len(params) != count:
         raise MinisglError(f"there are {count} prompts and {len(params)} params: give one for all, or one each")
     each = params if isinstance(params, Sequence) else [params or SamplingParams()] * count
-    wrong = next((one for one in each if not isinstance(one, SamplingParams)), None)
-    if wrong is not None:
-        raise MinisglError(f"params must be SamplingParams, one for all prompts or one each, not {wrong!r}")
+    for one in each:
+        if not isinstance(one, SamplingParams):
+            raise MinisglError(f"params must be SamplingParams, one for all prompts or one each, not {one!r}")
     return each
 
 
