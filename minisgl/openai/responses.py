@@ -16,11 +16,7 @@ from minisgl.openai.fields import Fields
 from minisgl.request import SamplingParams, Usage
 
 UNANSWERED = ("n", "echo", "logprobs", "prompt_logprobs", "max_tokens", "response_format")
-PARAMS = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p"} | {
-    name: name
-    for name in SamplingParams.names()
-    if name not in ("n", "echo", "logprobs", "prompt_logprobs", "max_tokens")
-}
+PARAMS = {"max_output_tokens": "max_tokens"} | {name: name for name in SamplingParams.names() if name not in UNANSWERED}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "background": (False,),

@@ -21,6 +21,7 @@ from minisgl.openai.embeddings import read_embeddings
 from minisgl.openai.fields import Fields
 from minisgl.openai.responses import read_response
 from minisgl.request import SamplingParams
+from minisgl.server import schema
 from minisgl.server.answering import Answering, EngineFailed, Unavailable
 from minisgl.server.completions import Completions
 from minisgl.server.config import ServerConfig
@@ -77,15 +78,15 @@ def _add_openai_routes(app: FastAPI, answering: Answering, model: ServedModel) -
             return await event_stream(request, chunks(asked, request_id))
         return json_response(await while_connected(request.receive, whole(asked, request_id)))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=schema.CHAT)
     async def chat(request: Request) -> Response:
         return await answer(request, read_chat, completions.chat, completions.chat_chunks)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", openapi_extra=schema.COMPLETION)
     async def complete(request: Request) -> Response:
         return await answer(request, read_completion, completions.complete, completions.completion_chunks)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", openapi_extra=schema.RESPONSE)
     async def respond(request: Request) -> Response:
         asked = read_response(await read_json(request))
         model.check(asked.model)
@@ -94,7 +95,7 @@ def _add_openai_routes(app: FastAPI, answering: Answering, model: ServedModel) -
             return await event_stream(request, responses.events(asked, request_id), done="")
         return json_response(await while_connected(request.receive, responses.respond(asked, request_id)))
 
-    @app.post("/v1/embeddings")
+    @app.post("/v1/embeddings", openapi_extra=schema.EMBEDDINGS)
     async def embeddings(request: Request) -> Response:
         asked = read_embeddings(await read_json(request))
         model.check(asked.model)
@@ -119,7 +120,7 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
     native = Native(answering, model)
     tokenizer = model.tokenizer
 
-    @app.post("/generate")
+    @app.post("/generate", openapi_extra=schema.GENERATE)
     async def generate(request: Request) -> Response:
         asked = read_generate(await read_json(request))
         request_id = asked.request_id or request.scope["request_id"]
@@ -127,7 +128,7 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
             return await event_stream(request, native.chunks(asked, request_id))
         return json_response(await while_connected(request.receive, native.generate(asked, request_id)))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=schema.TOKENIZE)
     async def tokenize(request: Request) -> Response:
         """{"prompt"} or {"messages"} -> {"tokens", "count", "max_model_len"}."""
         fields = Fields(await read_json(request))
@@ -147,7 +148,7 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
         ready = answering.engine.ready
         return json_response({"tokens": tokens, "count": count, "max_model_len": ready.max_len if ready else None})
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=schema.DETOKENIZE)
     async def detokenize(request: Request) -> Response:
         """{"tokens"} -> {"text"}."""
         fields = Fields(await read_json(request))
@@ -172,7 +173,7 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
         answering.engine.flush()
         return json_response({"success": True})
 
-    @app.post("/abort_request")
+    @app.post("/abort_request", openapi_extra=schema.ABORT)
     async def abort_request(request: Request) -> Response:
         """{"rid"}, the x-request-id of the request, or {"abort_all": true}."""
         fields = Fields(await read_json(request))
