@@ -3,7 +3,7 @@
 Knows names, ranges and defaults. Does not know devices or models: `Engine` resolves "auto" once, through `replace`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
@@ -46,7 +46,7 @@ def accepted(setting: Field[Any]) -> str:
     return f"at least {low}" if low is not None else f"at most {high}"
 
 
-def check_fields(settings: Any, error: type[MinisglError]) -> None:
+def check_fields(settings: Any, error: Callable[[str], MinisglError]) -> None:
     """Check each field of a dataclass made of `option`s against its type and range; None always means 'default'."""
     for setting in fields(settings):
         value = getattr(settings, setting.name)

@@ -87,12 +87,12 @@ class SamplingParams:
     response_format: Any = None  # a structured.ResponseFormat, or OpenAI's object, of which it is made
 
     def __post_init__(self) -> None:
-        check_fields(self, RequestError)
+        check_fields(self, _wrong)
         object.__setattr__(self, "stop", _strings("stop", self.stop, MAX_STOP_STRINGS))
         object.__setattr__(self, "bad_words", _strings("bad_words", self.bad_words, MAX_BAD_WORDS))
         ids = self.stop_token_ids
         if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
-            raise RequestError("stop_token_ids must be a list of integers")
+            raise _wrong("stop_token_ids must be a list of integers")
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias) or None)
         if self.response_format is not None:
@@ -110,16 +110,20 @@ class SamplingParams:
         """These parameters with `values` over them (None leaves one as it is); an unknown name is a RequestError."""
         unknown = sorted(set(values) - set(self.names()))
         if unknown:
-            raise RequestError(f"unknown parameter {unknown[0]!r}; known ones: {', '.join(self.names())}")
+            raise _wrong(f"unknown parameter {unknown[0]!r}; known ones: {', '.join(self.names())}")
         return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+
+def _wrong(message: str) -> RequestError:
+    return RequestError(message, "invalid_parameter")
 
 
 def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
-        raise RequestError(f"{name} must be a non-empty string or a list of them")
+        raise _wrong(f"{name} must be a non-empty string or a list of them")
     if len(strings) > most:
-        raise RequestError(f"{name} has {len(strings)} strings; at most {most} are allowed")
+        raise _wrong(f"{name} has {len(strings)} strings; at most {most} are allowed")
     return tuple(strings)
 
 
@@ -128,14 +132,14 @@ def _biases(value: Any) -> dict[int, float]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or len(value) > MAX_BIASES:
-        raise RequestError(f"logit_bias must be an object of at most {MAX_BIASES} token ids and biases")
+        raise _wrong(f"logit_bias must be an object of at most {MAX_BIASES} token ids and biases")
     try:
         biases = {int(token): float(bias) for token, bias in value.items()}
     except (TypeError, ValueError):
-        raise RequestError("logit_bias must map token ids to numbers") from None
+        raise _wrong("logit_bias must map token ids to numbers") from None
     for token, bias in biases.items():
         if not -BIAS_RANGE <= bias <= BIAS_RANGE:
-            raise RequestError(f"logit_bias of {token} is {bias}; it must be from -{BIAS_RANGE} to {BIAS_RANGE}")
+            raise _wrong(f"logit_bias of {token} is {bias}; it must be from -{BIAS_RANGE} to {BIAS_RANGE}")
     return biases
 
 

@@ -186,7 +186,7 @@ def read_params(values: dict[str, Any], defaults: SamplingParams) -> SamplingPar
     try:
         return defaults.merge(given) if given else defaults
     except RequestError as error:
-        refuse(str(error), "invalid_parameter")
+        refuse(str(error), error.type)
 
 
 def read_chat_options(values: dict[str, Any]) -> dict[str, Any]:

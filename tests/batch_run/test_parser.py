@@ -192,6 +192,7 @@ def test_several_prompts_in_a_line() -> None:
         (batch_line(messages=[{"role": "user", "content": "Hi"}], top_logprobs=1), "needs logprobs: true"),
         (batch_line("/v1/completions", prompt="Hi", logprobs=1, echo=True), "ask for prompt_logprobs"),
         (batch_line("/v1/completions", prompt="Hi", tools=[]), "tools is not supported"),
+        (batch_line("/v1/completions", prompt="Hi", logprobs=30), "logprobs is 30; it must be from 0 to 20"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "temprature is not supported"),
         (batch_line("/v1/completions", prompt=["a", 1]), "must be a string, a list of token ids"),
         (batch_line("/v1/completions", prompt=[]), "must be a string, a list of token ids"),
@@ -208,6 +209,11 @@ def test_refused_batch_lines_are_answered_in_kind(line: dict[str, Any], says: st
     assert values["error"] == {"code": row.error.type, "message": row.error.message}
     assert values["response"]["body"]["error"]["message"] == row.error.message
     assert answer.failed and parse_line(answer.data) == answer
+
+
+def test_a_parameter_out_of_range_is_an_invalid_one() -> None:
+    for line in ({"prompt": "Hi", "logprobs": 30}, batch_line("/v1/completions", prompt="Hi", logprobs=30)):
+        assert bad(json.dumps(line).encode()).error.type == "invalid_parameter"
 
 
 def test_logprobs_in_their_form() -> None:
