@@ -79,3 +79,16 @@ def test_answers_with_several_choices_are_each_read(llm):
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=120, n=2)
     [result] = llm.chat(HELLO, params, **ONE_CALL)
     assert len(result.choices) == 2 and all(len(choice.tool_calls) == 1 for choice in result.choices)
+
+
+def test_a_stream_ends_with_the_result_of_chat(llm):
+    options = {"tools": [WEATHER], "tool_choice": "required", "template_kwargs": {"enable_thinking": False}}
+    [whole] = llm.chat(HELLO, SAMPLED, **options)
+    *deltas, last = llm.stream(HELLO, SAMPLED, **options)
+    assert [call.arguments for call in last.result.tool_calls] == [call.arguments for call in whole.tool_calls]
+    assert last.result.text == "" and "weather" in "".join(delta.text for delta in deltas), "deltas have all the text"
+
+
+def test_a_conversation_has_no_echo(llm):
+    [result] = llm.chat(HELLO, SamplingParams(echo=True))
+    assert "echo is for prompts" in str(result.error)

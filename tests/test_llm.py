@@ -290,6 +290,13 @@ def test_arguments_of_wrong_types_are_refused(folder):
         with pytest.raises(MinisglError, match="prompts must be"):
             llm.generate(5)
         with pytest.raises(MinisglError, match="params must be SamplingParams"):
+            llm.generate([[1, 2]], [None])
+        for wrong in ("hi", None, {"role": "user", "content": "hi"}):
+            with pytest.raises(MinisglError, match="generate takes strings"):
+                llm.chat(wrong)
+        with pytest.raises(MinisglError, match="tools is for conversations"):
+            next(llm.stream([1, 2], tools=[]))
+        with pytest.raises(MinisglError, match="params must be SamplingParams"):
             llm.generate([[1]], {"max_tokens": 3})
 
 
