@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+from minisgl.request import SamplingParams
+
 INCOMPLETE = "\ufffd"  # what decoders write for bytes that are not, or not yet, UTF-8
 MAX_WINDOW = 64  # tokens. A character has at most 4 bytes, so bytes that were nothing for this long stay nothing
 
@@ -21,7 +23,8 @@ class Detokenizer:
     """The text of one request. All that `push` and then `finish` return, joined, is `decode` of all ids,
     cut before the stop string that is complete first. (Bytes that are no UTF-8 may show as another number of U+FFFD.)
 
-    skip_special_tokens: as in `decode`. include_stop_str: cut behind that stop string, not before it.
+    skip_special_tokens: as in `decode`. include_stop_str: cut behind that stop string, not before it. min_tokens: text
+    of the first so many may hold a stop string.
     stopped: a stop string was found; ids pushed later are ignored.
     """
 
@@ -32,6 +35,7 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         include_stop_str: bool = False,
+        min_tokens: int = 0,
     ):
         self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special_tokens)
         self._include_stop_str = include_stop_str
@@ -41,13 +45,25 @@ class Detokenizer:
         self._known = 0  # of them, at the front: their text is out and they are context for the rest
         self._emitted = 0  # characters of the window's text that are out
         self._held = ""  # of those, what may be the beginning of a stop string
+        self._num_free = min_tokens  # tokens to come whose text may hold a stop string; below 0: it may not any more
         self.stopped = False
-        self.checks_stop = True  # False: text that comes now may hold a stop string
+
+    @classmethod
+    def of(cls, params: SamplingParams, tokenizer: Decodes) -> "Detokenizer":
+        """For an answer with these parameters."""
+        return cls(
+            tokenizer,
+            tuple(params.stop),
+            skip_special_tokens=params.skip_special_tokens is not False,
+            include_stop_str=params.include_stop_str is True,
+            min_tokens=params.min_tokens or 0,
+        )
 
     def push(self, ids: Sequence[int]) -> str:
         """Add the next output ids; returns the new text that later ids cannot change (often "")."""
         if self.stopped:
             return ""
+        self._num_free -= len(ids)
         self._window += ids
         text = self._decode(self._window)
         certain = text.rstrip(INCOMPLETE)
@@ -80,7 +96,7 @@ class Detokenizer:
 
     def _until_stop(self, new: str) -> str:
         """`new` behind what was held back, up to a stop string or to what may become one."""
-        if not self._stop or not self.checks_stop or not new:
+        if not self._stop or self._num_free >= 0 or not new:
             return new
         text = self._held + new
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]

@@ -16,6 +16,7 @@ from typing import Any, cast, get_args
 import numpy as np
 from tqdm import tqdm
 
+from minisgl.bad_words import bans_of
 from minisgl.chat import ChatFormat, ChatPrompt
 from minisgl.config import EngineConfig
 from minisgl.detokenizer import Detokenizer
@@ -27,7 +28,6 @@ from minisgl.models.generation import generation_defaults
 from minisgl.parsers.reasoning import END as END_OF_THINKING
 from minisgl.request import (
     CHOICE_STRIDE,
-    MAX_BAN_TOKENS,
     Embedding,
     Pooling,
     Request,
@@ -60,14 +60,8 @@ class Output:
     """The text of a request while it runs."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, streamed: bool) -> None:
-        params = request.params
         self._request = request
-        self._detokenizer = Detokenizer(
-            tokenizer,
-            params.stop,
-            skip_special_tokens=params.skip_special_tokens is not False,
-            include_stop_str=params.include_stop_str is True,
-        )
+        self._detokenizer = Detokenizer.of(request.params, tokenizer)
         self._pieces: list[str] = []
         self._num_seen = 0  # output tokens
         self.deltas: deque[Delta] | None = deque() if streamed else None
@@ -79,7 +73,6 @@ class Output:
         text = ""
         for token in new:
             self._num_seen += 1
-            self._detokenizer.checks_stop = self._num_seen > (request.params.min_tokens or 0)
             if token not in request.stop_ids:
                 text += self._detokenizer.push([token])
         self._pieces.append(text)
@@ -184,6 +177,8 @@ class LLM:
         prompt's; spaces at the prompt's end count to the continuation, as in lm-evaluation-harness. An empty prompt
         stands for the token that begins or ends texts. Prompts that share a prefix compute it once.
         """
+        if not all(isinstance(given, Sequence) and not isinstance(given, str) for given in (prompts, continuations)):
+            raise MinisglError("prompts and continuations must be two lists of the same length")
         if len(prompts) != len(continuations):
             raise MinisglError(f"there are {len(prompts)} prompts and {len(continuations)} continuations: give pairs")
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
@@ -216,7 +211,7 @@ class LLM:
         return [
             Embedding(np.zeros(0, np.float32), 0, one)
             if isinstance(one, RequestError)
-            else _embedding(one, result, normalize)
+            else Embedding(one.embedding(normalize), result.usage.prompt_tokens)
             for one, result in zip(made, results, strict=True)
         ]
 
@@ -301,7 +296,7 @@ class LLM:
                 raise RequestError(f"{name} needs a tokenizer, and the model's folder has none", "invalid_parameter")
         if params.truncate_prompt_tokens:
             prompt_ids = prompt_ids[-params.truncate_prompt_tokens :]
-        bans = [ban for word in params.bad_words for ban in self._spellings(word)]
+        bans = bans_of(self.tokenizer, params) if params.bad_words else []
         matcher = self._matcher(params.response_format, thinks) if params.response_format else None
         return self.core.new_request(
             prompt_ids,
@@ -366,16 +361,6 @@ class LLM:
         [end, *more] = self.tokenizer.encode_rendered([END_OF_THINKING])[0] if thinks else [None]
         return self._grammars.compile(response_format).matcher(None if more else end)
 
-    def _spellings(self, word: str) -> list[list[int]]:
-        """The token ids of a bad word, at the start of a word and behind a space."""
-        spellings = []
-        for text in dict.fromkeys((word, " " + word.lstrip())):
-            [ids] = self.tokenizer.encode_rendered([text])
-            if len(ids) > MAX_BAN_TOKENS:
-                raise RequestError(f"bad_words: {word!r} has {len(ids)} tokens; at most {MAX_BAN_TOKENS} are allowed")
-            spellings.append(ids)
-        return spellings
-
     def _encode_pairs(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[tuple[list[int], list[int]] | RequestError]:
         """(ids of the prompt, ids of both) of each pair to score; what is wrong where they have none."""
         both = [pair for pair in pairs if isinstance(pair[0], str) and isinstance(pair[1], str)]
@@ -408,7 +393,8 @@ class LLM:
     def _scored_request(self, index: int, before: list[int], whole: list[int], params: SamplingParams) -> Request:
         """A request whose scores begin behind the ids of a prompt. The last one is scored, and need not be computed."""
         if len(whole) <= len(before):
-            raise RequestError("the continuation has no tokens: give it at least one", "invalid_prompt")
+            message = "the continuation adds no tokens to the prompt's: make it longer, or send both as token ids"
+            raise RequestError(message, "invalid_prompt")
         return self.new_request(whole[:-1], params, index=index, scored_from=len(before), target=whole[-1])
 
     def _answer(self, asked: Sequence[Asked | RequestError], progress: bool) -> list[Result]:
@@ -451,8 +437,8 @@ class LLM:
         """One request for each of the `n` answers; their seeds differ. See `new_request`."""
         requests = []
         for place in range(params.n or 1):
-            own = params if not place or params.seed is None else replace(params, seed=(params.seed + place) % 2**63)
-            requests.append(self.new_request(prompt_ids, own, index=index + place * CHOICE_STRIDE, thinks=thinks))
+            own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
+            requests.append(self.new_request(prompt_ids, own, index=own_index, thinks=thinks))
         return requests
 
     def _run(self, made: Sequence[Request | RequestError], progress: bool) -> list[Result]:
@@ -528,14 +514,6 @@ def _score(result: Result) -> Score:
         cached_tokens=result.usage.cached_tokens,
         error=result.error,
     )
-
-
-def _embedding(request: Request, result: Result, normalize: bool) -> Embedding:
-    assert request.hidden_sum is not None
-    vector = request.hidden_sum / (request.num_prompt if request.pooling == "mean" else 1)
-    if normalize:
-        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    return Embedding(vector.astype(np.float32), result.usage.prompt_tokens, result.error)
 
 
 def _attempt(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -101,6 +101,10 @@ class SamplingParams:
             if not isinstance(self.response_format, ResponseFormat):
                 object.__setattr__(self, "response_format", ResponseFormat.from_openai(self.response_format))
 
+    def of_choice(self, place: int) -> "SamplingParams":
+        """Of one of the `n` answers to a prompt: their seeds differ."""
+        return self if not place or self.seed is None else replace(self, seed=(self.seed + place) % 2**63)
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Every parameter a row may name."""
@@ -311,6 +315,12 @@ class Request:
     def output_ids(self) -> list[int]:
         ids: list[int] = self.tokens[self.num_prompt : self.num_tokens].tolist()
         return ids
+
+    def embedding(self, normalize: bool) -> npt.NDArray[np.float32]:
+        """The pooled hidden state  # [hidden] fp32, of length 1 if normalised."""
+        assert self.hidden_sum is not None and self.num_pooled == self.num_prompt
+        vector = self.hidden_sum / (self.num_prompt if self.pooling == "mean" else 1)
+        return (vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector).astype(np.float32)
 
     def append(self, token: int) -> None:
         """Add a sampled token and see whether the request ends with it."""

@@ -187,7 +187,7 @@ def test_scores_of_text(llm):
     [joined, spaced] = llm.score(["the inn", "the inn "], [" a", "a"])
     assert joined == spaced and joined.num_tokens == len(llm.tokenizer.encode(" a"))
     [nothing, mixed] = llm.score(["the", "the"], ["", [3]])
-    assert "no tokens" in str(nothing.error) and "both" in str(mixed.error)
+    assert "adds no tokens" in str(nothing.error) and "both" in str(mixed.error)
 
 
 @pytest.mark.parametrize("prompt", ["the inn", [{"role": "user", "content": "the inn"}], [5, 6, 7]])

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from minisgl.bad_words import bans_of
 from minisgl.detokenizer import Detokenizer
-from minisgl.errors import RequestError
-from minisgl.request import CHOICE_STRIDE, MAX_BAN_TOKENS, FinishReason, Pooling, SamplingParams, TokenLogprobs, Usage
+from minisgl.request import CHOICE_STRIDE, FinishReason, Pooling, SamplingParams, TokenLogprobs, Usage
 from minisgl.server.engine_client import DeadlinePassed, EngineClient, EngineDied, Generation
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Tokens
@@ -73,13 +73,7 @@ class AnswerText:
     """The text of one answer while its tokens come."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, num_prompt: int) -> None:
-        self._detokenizer = Detokenizer(
-            tokenizer,
-            params.stop,
-            skip_special_tokens=params.skip_special_tokens is not False,
-            include_stop_str=params.include_stop_str is True,
-        )
-        self._min_tokens = params.min_tokens or 0
+        self._detokenizer = Detokenizer.of(params, tokenizer)
         self._num_prompt = num_prompt
         self._num_output = 0
 
@@ -90,7 +84,6 @@ class AnswerText:
         for token in ids[:-1] if tokens.by_token else ids:
             count += 1
             self._num_output += 1
-            self._detokenizer.checks_stop = self._num_output > self._min_tokens
             texts.append(self._detokenizer.push([token]))
             if self._detokenizer.stopped:
                 break
@@ -179,7 +172,7 @@ class Answering:
         early (aclose) ends them all."""
         n = params.n or 1
         kept = params.truncate_prompt_tokens
-        bans = await self.in_thread(self._bans, params) if params.bad_words else []
+        bans = await self.in_thread(bans_of, self.tokenizer, params) if params.bad_words else []
         arrival = time.monotonic()
         question = Question(
             [],
@@ -197,8 +190,8 @@ class Answering:
         for prompt in prompts:
             ids, index = prompt[-kept:] if kept else prompt, next(self._indices)
             for place in range(n):
-                own = params if params.seed is None else replace(params, seed=(params.seed + place) % 2**63)
-                one = replace(question, prompt_ids=ids, params=own, index=index + place * CHOICE_STRIDE)
+                own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
+                one = replace(question, prompt_ids=ids, params=own, index=own_index)
                 streams.append(self._answer(one))
         merged = merge(streams)
         try:
@@ -269,19 +262,6 @@ class Answering:
             del self._generations[generation]
             if alarm:
                 alarm.cancel()
-
-    def _bans(self, params: SamplingParams) -> list[list[int]]:
-        return [ban for word in params.bad_words for ban in spellings(self.tokenizer, word)]
-
-
-def spellings(tokenizer: Tokenizer, word: str) -> list[list[int]]:
-    """The token ids of a bad word, at the start of a word and behind a space."""
-    found = tokenizer.encode_rendered(list(dict.fromkeys((word, " " + word.lstrip()))))
-    if max(map(len, found)) > MAX_BAN_TOKENS:
-        raise RequestError(
-            f"bad_words: {word!r} has {max(map(len, found))} tokens; at most {MAX_BAN_TOKENS} are allowed"
-        )
-    return found
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:

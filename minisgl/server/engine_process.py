@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import zmq
 
 from minisgl.config import EngineConfig
@@ -133,7 +132,7 @@ class EngineProcess:
         error = str(request.error) if request.error else None
         by_token = request.finish_reason == "stop" and new[-1] in request.stop_ids
         reason = request.finish_reason
-        vector = _embedding(request) if request.pooling else None
+        vector = request.embedding(normalize=True).astype("<f4").tobytes() if request.pooling else None
         return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error, vector)
 
     def _stats(self) -> Stats:
@@ -147,13 +146,6 @@ class EngineProcess:
             scheduler.cache.num_evictable * page_size if scheduler.cache else 0,
             scheduler.num_preemptions,
         )
-
-
-def _embedding(request: Request) -> bytes:
-    """The pooled hidden state at length 1  # [hidden] fp32."""
-    assert request.hidden_sum is not None
-    norm = float(np.linalg.norm(request.hidden_sum))  # of a sum or of its mean, the direction is the same
-    return (request.hidden_sum / max(norm, 1e-12)).astype("<f4").tobytes()
 
 
 def send(socket: "zmq.Socket[bytes]", message: Message) -> None:
