@@ -1,0 +1,111 @@
+"""The matmul of `--deterministic` at the shapes of Qwen3-8B, bf16, each launch with another copy of the weight, beside
+torch and, where rows are few, the kernel that it replaces."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.bench.harness import Case
+from minisgl.bench.tuning import Tuning
+from minisgl.kernels.invariant_matmul import ANY, TILES, Tile, invariant_matmul
+from minisgl.kernels.skinny_matmul import row_borders, skinny_matmul
+
+# N, K of qkv, o, gate and up, down; the LM head reads few rows, and the last prompt token's alone of a prefill.
+SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
+LM_HEAD = (151936, 4096)
+ROWS = (1, 16, 64, 128, 256, 512, 2048, 8192)
+COPIES_BYTES = 256 << 20  # several times an L2 cache: in a graph of many launches too, weights come from memory
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for shape in (*SHAPES, LM_HEAD):
+        weights = _weights(*shape, device)
+        for rows in ROWS if shape != LM_HEAD else (1, 64, 256):
+            yield _case(torch.randn(rows, shape[1], dtype=torch.bfloat16, device=device), weights)
+
+
+def _weights(outputs: int, inputs: int, device: torch.device) -> list[torch.Tensor]:
+    copies = max(2, -(-COPIES_BYTES // (2 * outputs * inputs)))
+    return [torch.randn(outputs, inputs, dtype=torch.bfloat16, device=device) for _ in range(copies)]
+
+
+def _case(x: torch.Tensor, weights: list[torch.Tensor]) -> Case:
+    rows, (outputs, inputs) = x.shape[0], weights[0].shape
+    torchs, skinnys = cycle(weights), cycle(weights)
+    baselines: dict[str, Callable[[], object]] = {"torch": lambda: F.linear(x, next(torchs))}
+    if rows <= row_borders(x.dtype, x.device)[-1]:
+        baselines["skinny_matmul"] = lambda: skinny_matmul(x, next(skinnys))
+    return Case(
+        op="invariant_matmul",
+        shape=f"{rows} x {inputs} -> {outputs}",
+        run=_launch(x, weights),
+        baselines=baselines,
+        bytes_moved=weights[0].nbytes + x.nbytes + rows * outputs * x.itemsize,
+        flops=2 * rows * outputs * inputs,
+    )
+
+
+def _launch(x: torch.Tensor, weights: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+    ours = cycle(weights)
+    return lambda: invariant_matmul(x, next(ours))
+
+
+def _error(rows: int, device: torch.device) -> float:
+    """The largest error of a launch at an odd shape, relative to the largest value of the float64 result; infinite if
+    a row has other bits than among few others or many."""
+    x = torch.randn(2048, 4104, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(1000, 4104, dtype=torch.bfloat16, device=device)
+    y = invariant_matmul(x[: rows - 3], weight)
+    for others in (1, 40, len(x)):
+        if not torch.equal(invariant_matmul(x[:others], weight)[: len(y)], y[:others]):
+            return float("inf")
+    expected = x[: len(y)].double() @ weight.double().t()
+    return float((y.double() - expected).abs().max() / expected.abs().max())
+
+
+# By the most rows. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its bits are the same.
+CANDIDATES: dict[int, list[Tile]] = {
+    16: [Tile(64, 16, 128, 4, stages, True, tma=True) for stages in (4, 5, 8)]
+    + [Tile(64, 16, 64, 4, 8, True, tma=True), Tile(128, 16, 128, 4, 4, True, tma=True)]
+    + [Tile(64, 16, 128, 4, 5, True), Tile(32, 16, 128, 4, 5, True, tma=True)],
+    32: [Tile(64, 32, 128, 4, stages, True, tma=True) for stages in (4, 6)]
+    + [Tile(128, 32, 64, 4, 5, True, tma=True), Tile(64, 32, 128, 4, 4, True)],
+    64: [Tile(64, 64, 128, 4, stages, True, tma=True) for stages in (3, 5)]
+    + [Tile(128, 64, 64, 4, stages, True, tma=True) for stages in (4, 6)]
+    + [Tile(64, 64, 128, 4, 3, True), Tile(32, 64, 128, 4, 4, True, tma=True)],
+    128: [Tile(64, 128, 64, 4, 4, True, tma=True), Tile(64, 128, 128, 4, 4, True, tma=True)]
+    + [Tile(128, 128, 64, 8, stages, True, tma=True) for stages in (3, 4, 6)],
+    256: [Tile(128, 128, 64, 8, stages, parallel, tma=True) for stages in (3, 4) for parallel in (True, False)]
+    + [Tile(128, 256, 64, 8, 4, True, tma=True), Tile(64, 256, 64, 4, 4, True, tma=True)],
+    1024: [
+        Tile(128, 128, 64, 8, stages, False, persistent, tma=True) for stages in (3, 4) for persistent in (False, True)
+    ]
+    + [Tile(128, 256, 64, 8, 4, parallel, tma=True) for parallel in (True, False)],
+    ANY: [
+        Tile(128, 256, 64, 8, stages, False, persistent, tma=True) for stages in (3, 4) for persistent in (False, True)
+    ]
+    + [Tile(128, 128, 64, 8, 3, False, tma=True), Tile(128, 128, 64, 8, 4, False, True, tma=True)],
+}
+
+
+def tunings(device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES) -> Iterator[Tuning]:
+    """Tiles by rows. A candidate whose rows have other bits than the table's other tiles give is printed as wrong."""
+    weights = {shape: _weights(*shape, device) for shape in shapes}
+    for bucket, tiles in CANDIDATES.items():
+        rows = min(bucket, 4096)
+        xs = {inputs: torch.randn(rows, inputs, dtype=torch.bfloat16, device=device) for _, inputs in shapes}
+        yield Tuning(
+            op="invariant_matmul",
+            bucket=bucket,
+            table=TILES,
+            tiles=tiles,
+            error=partial(_error, min(rows, 2048), device),
+            trials={
+                f"{rows} x {inputs} -> {outputs}": partial(_launch, xs[inputs], weights[outputs, inputs])
+                for outputs, inputs in shapes
+            },
+            in_graph=rows <= 256,
+        )

@@ -1,0 +1,26 @@
+import torch
+
+from minisgl.kernels import invariant_matmul as module
+from minisgl.kernels.invariant_matmul import ANY, FP32_TILES, SAFE_TILES, TILES, invariant_matmul
+from minisgl.kernels.launch import architecture
+from minisgl.kernels.paged import SHARED_MEMORY
+
+
+def launch() -> None:
+    arch = architecture(torch.device("cpu"))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        tiles = FP32_TILES if dtype == torch.float32 else TILES.get(arch, SAFE_TILES)
+        for max_rows in tiles if dtype == torch.bfloat16 else [ANY]:
+            rows = min(max_rows, 5000)
+            _launch(rows, 4096, 4096, dtype)  # in splits
+            _launch(rows, 24576, 4096, dtype)
+            if max_rows in (min(tiles), ANY):
+                _launch(rows, 4096, 1001, dtype, bias=True)  # no descriptors, no loads of 16 bytes
+    for kernel in module._invariant_matmul_kernel.device_caches[0][0].values():
+        shared = kernel.metadata.shared
+        assert shared <= SHARED_MEMORY[arch], f"{shared} of {SHARED_MEMORY[arch]} bytes of shared memory"
+
+
+def _launch(rows: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool = False) -> None:
+    x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(outputs, inputs, dtype=dtype)
+    invariant_matmul(x, weight, torch.empty(outputs, dtype=dtype) if bias else None)
