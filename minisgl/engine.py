@@ -10,6 +10,7 @@ Knows tensors and memory. Does not know scheduling, text or files.
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +109,10 @@ class Engine:
         if not self.closed:
             del self.model, self.sampler, self.kv, self.rows, self.graphs, self._counts
             self.empty_cache()
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Around a step and the wait for its results. One rank alone has nobody to watch."""
+        return nullcontext()
 
     def empty_cache(self) -> None:
         """Give back what torch keeps of freed memory, so that it can be had in other sizes."""
