@@ -3,8 +3,8 @@
 A graph is made when its batch size is first needed (tens of milliseconds; kernels are compiled by then), so that
 start-up captures nothing that is never used. Its inputs are `rows` and, where some share a prefix, tiles of them:
 everything else a decode step reads is in the row table. A batch smaller than the graph is padded with row -1, which no
-kernel acts on. Ranks make the same graphs, or none of them does. All graphs share one memory pool, since they run one after another and a step's ids are copied out
-before the next replay.
+kernel acts on. Ranks make the same graphs, or none of them does. All graphs share one memory pool, since they run one
+after another and a step's ids are copied out before the next replay.
 
 Knows steps and the row table. Does not know models.
 """

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from minisgl.errors import MinisglError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 LOCALHOST = "127.0.0.1"
 CONNECT_S = 60.0
@@ -96,17 +96,21 @@ class Meeting:
         self.store.set(f"failed/{self.place.rank}", cause)
 
     def _connect(self, listener: socket.socket | None) -> "Store":
-        from torch.distributed import PrefixStore, TCPStore
+        import torch.distributed as dist
 
-        keeping = {"is_master": True, "master_listen_fd": listener.detach()} if listener else {}
         try:
-            store = TCPStore(
-                self.host, self.port, timeout=timedelta(seconds=CONNECT_S), wait_for_workers=False, **keeping
+            store = dist.TCPStore(
+                self.host,
+                self.port,
+                is_master=listener is not None,
+                timeout=timedelta(seconds=CONNECT_S),
+                wait_for_workers=False,
+                master_listen_fd=listener.detach() if listener else None,
             )
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MinisglError(f"rank {self.place.rank} cannot reach {self.host}:{self.port} ({reason})") from error
-        return PrefixStore("minisgl", store)
+        return dist.PrefixStore("minisgl", store)
 
 
 class Followers:

@@ -47,6 +47,10 @@ class LeadingEngine(Engine):
         self._followers = None if is_of_torchrun() else Followers(self._meeting)
         self._watch = Watch(self._meeting, self._followers)
         self._in_step = True  # as the other ranks are
+        # On a CPU, ranks share the cores: threads that spin for work would take them from the rank that is waited for.
+        self._threads = torch.get_num_threads()
+        if config.device == "cpu":
+            torch.set_num_threads(max(1, self._threads // config.tp))
         atexit.register(self.close)
         try:
             with self._watch.busy(), self._together():
@@ -74,6 +78,7 @@ class LeadingEngine(Engine):
         """Let the other ranks end; those that cannot any more are killed."""
         atexit.unregister(self.close)
         self._watch.close()
+        torch.set_num_threads(self._threads)
         if self._in_step and not self.closed:
             self.group.send(CLOSE)
             super().close()
