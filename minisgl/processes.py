@@ -91,15 +91,11 @@ class Meeting:
         job: dict[str, Any] | None = json.loads(text) if text else None
         return job
 
-    def fail(self, cause: str) -> None:
-        """Tell the first rank why this one ends."""
-        self.store.set(f"failed/{self.place.rank}", cause)
-
     def _connect(self, listener: socket.socket | None) -> "Store":
-        import torch.distributed as dist
+        from torch._C._distributed_c10d import PrefixStore, TCPStore
 
         try:
-            store = dist.TCPStore(
+            store = TCPStore(
                 self.host,
                 self.port,
                 is_master=listener is not None,
@@ -110,7 +106,7 @@ class Meeting:
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MinisglError(f"rank {self.place.rank} cannot reach {self.host}:{self.port} ({reason})") from error
-        return dist.PrefixStore("minisgl", store)
+        return PrefixStore("minisgl", store)
 
 
 class Followers:

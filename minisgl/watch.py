@@ -12,14 +12,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from minisgl.errors import MinisglError
-from minisgl.processes import FAILED, Followers, Meeting
+from minisgl.processes import FAILED, Followers, Meeting, is_of_torchrun
 
 BEAT_S = 0.5
 SILENT_S = 15.0  # without a beat: stopped, or its machine is gone
 START_S = 180.0  # until the first beat: importing torch takes long on a busy machine
+REPORT_S = 2.0  # for the first rank to see that another one has ended, before those that this made fail
 EXPLAIN_S = 5.0  # for the cause of an exchange that failed to be known, and for whoever waits to notice
 
 
@@ -42,7 +43,9 @@ class Watch:
         watched = range(1, self.place.size) if self.place.rank == 0 else range(1)
         self._seen_s = dict.fromkeys(watched, now)
         self._beats: dict[int, bytes] = {}
-        threading.Thread(target=self._run, daemon=True).start()
+        self._looked_s = now
+        for work in (self._run, self._guard):
+            threading.Thread(target=work, daemon=True).start()
 
     def close(self) -> None:
         self._ended.set()
@@ -64,17 +67,28 @@ class Watch:
             raise MinisglError(self.failure)
 
     def explain(self, error: BaseException) -> str:
-        """Why this rank cannot go on: what befell another one, or its own error."""
+        """Why the first rank cannot go on: what befell another one, or its own error."""
         self._told.set()
         if not is_out_of_memory(error):
             self._known.wait(EXPLAIN_S)
-        self.failure = self.failure or f"rank {self.place.rank} failed: {describe(error)}"
+        own = f"rank 0 failed: {describe(error)}"
+        if is_of_torchrun() and not isinstance(error, MinisglError) and not is_out_of_memory(error):
+            own += "; where another rank ended first, torchrun says below which one and how"
+        self.failure = self.failure or own
         return self.failure
+
+    def report(self, error: Exception) -> None:
+        """Tell the first rank why this one ends; last, where it may be because another one did."""
+        if not is_out_of_memory(error) and not isinstance(error, MinisglError):
+            self._known.wait(REPORT_S)
+        with suppress(RuntimeError):  # no first rank is left to hear it
+            self._store.set(f"failed/{self.place.rank}", describe(error))
 
     def _run(self) -> None:
         number = 0
         while not self._ended.wait(BEAT_S):
             number += 1
+            self._looked_s = time.monotonic()
             try:
                 self._store.set(f"beat/{self.place.rank}", f"{number} {self.progress()}")
                 failure = next(filter(None, map(self._look, self._seen_s)), None) or self._late()
@@ -82,6 +96,13 @@ class Watch:
                 failure = "rank 0 is gone"
             if failure and not self._ended.is_set():
                 self.fail(failure)
+                return
+
+    def _guard(self) -> None:
+        """The store does not answer while the process that keeps it is stopped, and then `_run` waits."""
+        while not self._ended.wait(BEAT_S):
+            if time.monotonic() - self._looked_s > SILENT_S and not self.failure:
+                self.fail(f"rank 0 has shown no sign of life for {SILENT_S:.0f} s: it is stopped")
                 return
 
     def _look(self, rank: int) -> str | None:

@@ -27,7 +27,7 @@ from minisgl.plan import CLOSE, Masks, Plan, PlanReader, PlanWriter, pack_masks
 from minisgl.processes import FAILED, Followers, Meeting, is_of_torchrun, when_the_first_rank_ends
 from minisgl.scheduler import Step
 from minisgl.upload import Ints
-from minisgl.watch import Watch, describe
+from minisgl.watch import Watch
 
 NEVER_S = 7 * 86400.0  # a rank may wait for requests as long; `Watch` finds those that hang
 
@@ -125,7 +125,7 @@ def follow() -> None:
         group.close()
         stop_processes()
     except Exception as error:
-        meeting.fail(describe(error))
+        watch.report(error)
         os._exit(FAILED)  # at once, whatever other threads and devices wait for
 
 
