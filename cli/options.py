@@ -20,6 +20,7 @@ import click
 from minisgl.batch_run.files import read_text
 from minisgl.config import EngineConfig, type_of
 from minisgl.errors import MinisglError
+from minisgl.processes import Meeting, is_of_torchrun
 from minisgl.request import SamplingParams
 from minisgl.structured import ResponseFormat
 
@@ -34,8 +35,29 @@ model_option = click.option(
 
 
 def engine_options(command: Command) -> Command:
-    """Flags for the fields of EngineConfig; the command gets those that were given as the dict `engine`."""
-    return table_options(command, EngineConfig, "engine", title="Engine")
+    """Flags for the fields of EngineConfig; the command gets those that were given as the dict `engine`.
+
+    Where torchrun started several processes, the first one runs the command, and the others its engine's ranks.
+    """
+
+    @functools.wraps(command)
+    def on_first_rank(engine: dict[str, Any], **values: Any) -> Any:
+        if not is_of_torchrun():
+            return command(engine=engine, **values)
+        size = int(os.environ["WORLD_SIZE"])
+        if engine.setdefault("tp", size) != size:
+            raise MinisglError(f"--tp is {engine['tp']}, but torchrun started {size} processes: leave --tp out")
+        if os.environ["RANK"] != "0":
+            from minisgl.worker import follow  # imports torch
+
+            return follow()
+        try:
+            return command(engine=engine, **values)
+        finally:
+            if size > 1:
+                Meeting.join().announce(None)  # where no engine was needed, the other ranks still wait for one
+
+    return table_options(typing.cast(Command, on_first_rank), EngineConfig, "engine", title="Engine")
 
 
 def sampling_options(command: Command) -> Command:

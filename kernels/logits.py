@@ -13,6 +13,8 @@ computed in fp32 and rounded to the logits' dtype after step 1 and after step 3.
 Legend: N samples, V vocabulary, R rows, K biases and J bans a row at most, C tokens a ban at most, M masks,
 W = ceil(V / 32) words. logits  # [N, V].
 
+Where ranks share a vocabulary, each edits the columns of its own slice, and `counts` has as many.
+
 Bound by memory, and by what is asked for: the text of rows with penalties, and 4,096 logits a program of rows with a
 mask. Other rows leave after a few loads; a batch that asks for nothing does not launch.
 
@@ -80,25 +82,31 @@ def edit_logits_reference(
     edits: Edits,
     masks: torch.Tensor | None = None,
     mask_of: torch.Tensor | None = None,
+    first_id: int = 0,
 ) -> torch.Tensor:
-    """The same in torch, row by row; see `edit_logits`."""
+    """The same in torch, row by row; see `edit_logits`, whose num_ids are all columns here."""
     vocab = logits.shape[1]
+
+    def here(ids: torch.Tensor) -> torch.Tensor:
+        return (ids >= first_id) & (ids < first_id + vocab)
+
     for sample, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
         if row < 0:
             continue
-        used = edits.bias_ids[row] >= 0
-        ids = edits.bias_ids[row][used].long()
+        used = (edits.bias_ids[row] >= 0) & here(edits.bias_ids[row])
+        ids = edits.bias_ids[row][used].long() - first_id
         biased = logits[sample, ids].float() + edits.biases[row][used]
         logits[sample, ids] = biased.masked_fill(position < edits.bias_from[row][used], -torch.inf).to(logits.dtype)
 
         text, prompt = tokens[row, :position].long(), int(edits.prompt_length[row])
         for *before, banned in edits.bans[row].tolist():
             before = [token for token in before if token >= 0]
-            if banned >= 0 and text[max(prompt, position - len(before)) :].tolist() == before:
-                logits[sample, banned] = -torch.inf
+            column = banned - first_id
+            if banned >= 0 and 0 <= column < vocab and text[max(prompt, position - len(before)) :].tolist() == before:
+                logits[sample, column] = -torch.inf
 
         repetition, presence, frequency = (x[row] for x in (edits.repetition, edits.presence, edits.frequency))
-        seen, count = (torch.bincount(part, minlength=vocab) for part in (text, text[prompt:]))
+        seen, count = (torch.bincount(part[here(part)] - first_id, minlength=vocab) for part in (text, text[prompt:]))
         x = logits[sample].float()
         x = torch.where(seen > 0, torch.where(x > 0, x / repetition, x * repetition), x)
         x = torch.where(count > 0, x - frequency * count - presence, x)
@@ -106,7 +114,7 @@ def edit_logits_reference(
 
         if masks is not None and mask_of is not None and mask_of[sample] >= 0:
             bits = masks[mask_of[sample]][:, None] >> torch.arange(32, device=logits.device) & 1
-            logits[sample].masked_fill_(bits.flatten()[:vocab] == 0, -torch.inf)
+            logits[sample].masked_fill_(bits.flatten()[first_id : first_id + vocab] == 0, -torch.inf)
     return logits
 
 
@@ -121,8 +129,11 @@ def _text_of_program(
     presence_ptr,
     frequency_ptr,
     TEXT_TOKENS: tl.constexpr,
+    FIRST_ID: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):
-    """(places, their tokens, which count, prompt length, the three penalties): none counts without penalties."""
+    """(places, their tokens' columns, which count, prompt length, the three penalties): none counts without
+    penalties."""
     prompt_length = tl.load(prompt_length_ptr + row)
     repetition = tl.load(repetition_ptr + row)
     presence = tl.load(presence_ptr + row)
@@ -132,7 +143,17 @@ def _text_of_program(
     end = tl.where((repetition != 1.0) | (presence != 0.0) | (frequency != 0.0), position, 0)
     counted = (places >= start) & (places < end)
     text = tl.load(tokens_ptr + row * tokens_stride + places, mask=counted, other=0)
+    if NUM_IDS > 0:
+        text -= FIRST_ID
+        counted = counted & (text >= 0) & (text < NUM_IDS)
     return places, text, counted, prompt_length, repetition, presence, frequency
+
+
+@triton.jit
+def _columns(ids, FIRST_ID: tl.constexpr, NUM_IDS: tl.constexpr):
+    """The columns of ids in the slice; -1 for others."""
+    columns = ids - FIRST_ID
+    return tl.where((columns >= 0) & (columns < NUM_IDS), columns, -1)
 
 
 # All but logits and counts are read a few values at a time, and may be slices of any alignment.
@@ -164,6 +185,8 @@ def _count_and_bias_kernel(
     BLOCK_BIASES: tl.constexpr,
     BLOCK_BANS: tl.constexpr,
     BAN_TOKENS: tl.constexpr,
+    FIRST_ID: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):
     """Add a part of the text to the counts; the first program of a sample also applies its biases and bans."""
     sample = tl.program_id(0).to(tl.int64)
@@ -181,6 +204,8 @@ def _count_and_bias_kernel(
         presence_ptr,
         frequency_ptr,
         TEXT_TOKENS,
+        FIRST_ID,
+        NUM_IDS,
     )
     count = counts_ptr + sample * counts_stride + text
     in_prompt = places < prompt_length
@@ -190,6 +215,8 @@ def _count_and_bias_kernel(
         slots = tl.arange(0, BLOCK_BIASES)
         of_row = row * num_biases + slots
         ids = tl.load(bias_ids_ptr + of_row, mask=slots < num_biases, other=-1)
+        if NUM_IDS > 0:
+            ids = _columns(ids, FIRST_ID, NUM_IDS)
         x = tl.load(logits_ptr + sample * logits_stride + ids, mask=ids >= 0, other=0.0).to(tl.float32)
         x += tl.load(biases_ptr + of_row, mask=ids >= 0, other=0.0)
         x = tl.where(position < tl.load(bias_from_ptr + of_row, mask=ids >= 0, other=0), float("-inf"), x)
@@ -198,6 +225,8 @@ def _count_and_bias_kernel(
         slots = tl.arange(0, BLOCK_BANS)
         last = bans_ptr + (row * num_bans + slots) * BAN_TOKENS + BAN_TOKENS - 1
         banned_ids = tl.load(last, mask=slots < num_bans, other=-1)
+        if NUM_IDS > 0:
+            banned_ids = _columns(banned_ids, FIRST_ID, NUM_IDS)
         banned = banned_ids >= 0
         for back in tl.static_range(1, BAN_TOKENS):
             wanted = tl.load(last - back, mask=banned, other=-1)
@@ -230,6 +259,8 @@ def _penalize_and_mask_kernel(
     HAS_MASKS: tl.constexpr,
     TEXT_TOKENS: tl.constexpr,
     MASK_WORDS: tl.constexpr,
+    FIRST_ID: tl.constexpr,
+    NUM_IDS: tl.constexpr,
 ):
     """Penalize the tokens of a part of the text; mask a part of the vocabulary. Each id is written by one of both."""
     sample = tl.program_id(0).to(tl.int64)
@@ -248,6 +279,8 @@ def _penalize_and_mask_kernel(
         presence_ptr,
         frequency_ptr,
         TEXT_TOKENS,
+        FIRST_ID,
+        NUM_IDS,
     )
     # An exchange with 0, which Triton 3.6 cannot compile for AMD.
     count = tl.atomic_and(counts_ptr + sample * counts_stride + text, 0, mask=counted, sem="relaxed")
@@ -282,6 +315,9 @@ def edit_logits(
     counts: torch.Tensor,
     masks: torch.Tensor | None = None,
     mask_of: torch.Tensor | None = None,
+    *,
+    first_id: int = 0,
+    num_ids: int | None = None,
 ) -> torch.Tensor:
     """Edit logits  # [N, V] in place, and return them.
 
@@ -293,6 +329,8 @@ def edit_logits(
     counts        # [at least N, V] int32 zeros, kept from call to call: zeros again afterwards
     masks         # [M, W] int32, bit id % 32 of word id // 32: may the id be sampled?
     mask_of       # [N] int32, the mask of each sample; -1: none
+    first_id      of the logits, a multiple of 32: they are a slice of the vocabulary where num_ids is given
+    num_ids       of the slice, whose other columns are padding and left alone; masks are those of the whole vocabulary
 
     Ids, rows, positions and mask numbers must be inside their tables (not checked: it would synchronise).
     Raises ValueError for a wrong shape, stride, dtype or device.
@@ -300,6 +338,13 @@ def edit_logits(
     check(logits.dim() == 2, f"logits: expected [N, V], got {list(logits.shape)}")
     check(logits.stride(-1) == 1, "logits: last dimension must be contiguous")
     check(logits.is_floating_point() and logits.dtype != torch.float64, f"logits: has dtype {logits.dtype}")
+    is_slice = num_ids is not None
+    check(first_id % 32 == 0 and (is_slice or first_id == 0), f"first_id: {first_id} is not where a slice may begin")
+    if num_ids is not None:
+        check(0 <= num_ids <= logits.shape[1], f"num_ids: {num_ids} of {logits.shape[1]} columns")
+        if num_ids == 0:  # of a rank that has padding alone
+            return logits
+    whole, logits = logits, logits[:, :num_ids]
     samples, vocab = logits.shape
     num_rows, num_biases = edits.bias_ids.shape
     check(edits.bans.dim() == 3, f"bans: expected [{num_rows}, J, C], got {list(edits.bans.shape)}")
@@ -319,16 +364,19 @@ def edit_logits(
         check_same(name, x, device=logits.device, dtype=torch.float32 if name in real else torch.int32)
     check((masks is None) == (mask_of is None), "mask_of: comes with masks, or neither is given")
     tables = [("tokens", tokens, num_rows, max_position), ("counts", counts, samples, vocab)]
-    tables += [("masks", masks, 0, triton.cdiv(vocab, 32))] if masks is not None else []
+    tables += [("masks", masks, 0, triton.cdiv(first_id + vocab, 32))] if masks is not None else []
     for name, x, height, width in tables:
         check(x.dim() == 2 and len(x) >= height, f"{name}: expected at least {height} rows, got {list(x.shape)}")
         check(x.shape[1] >= width, f"{name}: expected at least {width} columns, got {list(x.shape)}")
         check(x.stride(-1) == 1, f"{name}: last dimension must be contiguous")
         check_same(name, x, device=logits.device, dtype=torch.int32)
     if not use_triton(logits):
-        return edit_logits_reference(logits, rows, positions, tokens, edits, masks, mask_of)
+        edit_logits_reference(logits, rows, positions, tokens, edits, masks, mask_of, first_id)
+        return whole
     if samples == 0:
-        return logits
+        return whole
+    if masks is not None:
+        masks = masks[:, first_id // 32 :]
 
     text_programs = max(triton.cdiv(max_position, TEXT_TOKENS), 1)
     mask_programs = triton.cdiv(vocab, 32 * MASK_WORDS) if masks is not None else 0
@@ -348,6 +396,8 @@ def edit_logits(
         BLOCK_BIASES=triton.next_power_of_2(max(num_biases, 1)),
         BLOCK_BANS=triton.next_power_of_2(max(num_bans, 1)),
         BAN_TOKENS=ban_tokens,
+        FIRST_ID=first_id,
+        NUM_IDS=vocab if is_slice else 0,
         num_warps=NUM_WARPS,
     )
     _penalize_and_mask_kernel[(samples, max(text_programs, mask_programs))](
@@ -359,6 +409,8 @@ def edit_logits(
         HAS_MASKS=masks is not None,
         TEXT_TOKENS=TEXT_TOKENS,
         MASK_WORDS=MASK_WORDS,
+        FIRST_ID=first_id,
+        NUM_IDS=vocab if is_slice else 0,
         num_warps=NUM_WARPS,
     )
-    return logits
+    return whole

@@ -1,5 +1,7 @@
 """One device: model, KV pages and row table; `forward(step)` launches a step, whose results `StepResults` brings.
 
+Where ranks hold the model together, each has an engine, and all of them launch the same steps in the same order.
+
     Step -> RowTable.load -> Batch -> Decoder.forward -> logits -> (edits, masks) -> sample -> ids -> row table
 
 Knows tensors and memory. Does not know scheduling, text or files.
@@ -8,6 +10,7 @@ Knows tensors and memory. Does not know scheduling, text or files.
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,12 +27,12 @@ from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
 from minisgl.kernels.attention_prefill import query_block
 from minisgl.kernels.launch import use_triton
 from minisgl.kernels.logits import edit_logits
-from minisgl.kernels.logprobs import logprobs
-from minisgl.kernels.sampling import sample
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
+from minisgl.parallel import ParallelGroup
 from minisgl.request import Request, SamplingParams
 from minisgl.rows import RowTable
+from minisgl.sampler import Sampler
 from minisgl.scheduler import Chunk, Step
 from minisgl.upload import Ints, upload
 from minisgl.weights import load_weights
@@ -50,11 +53,15 @@ class Engine:
     """Loads a model on one device, gives the memory that is left to KV pages, and runs steps.
 
     `config` is a resolved one (`resolve.resolve`); `self.config` also has `num_pages`, and the `max_len` that fits
-    them. Raises MinisglError when the model and one full request do not fit the device.
+    them. Raises MinisglError when the model and one full request do not fit the device. `group`: the ranks that hold
+    the model together, this one alone when none is given.
     """
 
-    def __init__(self, config: EngineConfig, model_config: ModelConfig, folder: Path) -> None:
+    def __init__(
+        self, config: EngineConfig, model_config: ModelConfig, folder: Path, group: ParallelGroup | None = None
+    ) -> None:
         assert config.max_len is not None
+        self.group = group or ParallelGroup()
         self.model_config = model_config
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
@@ -63,16 +70,17 @@ class Engine:
             torch.cuda.set_device(self.device)
         allocated_before = self._allocated_bytes()
         try:
-            self.model = Decoder(model_config, device=self.device, dtype=self.dtype, max_len=max_len)
+            self.model = Decoder(model_config, device=self.device, dtype=self.dtype, max_len=max_len, group=self.group)
+            self.sampler = Sampler(self.model.shard, self.group)
             load_weights(self.model, folder, config.load_format, config.seed)
             block = query_block(model_config.head_dim, self.device, self.dtype)
             self.rows = RowTable(config.max_running, max_len, config.page_size, block, self.device)
             # All zeros between steps; see `kernels.logits`.
-            counts = (padded_size(config.max_running), model_config.vocab_size)
+            counts = (padded_size(config.max_running), self.model.shard.vocab.size)
             self._counts = torch.zeros(counts, dtype=torch.int32, device=self.device)
             if self.device.type == "cuda":
                 self._compile_kernels(config)
-            num_pages = config.num_pages or self._profile_pages(config, allocated_before)
+            num_pages = config.num_pages or self.group.min(self._profile_pages(config, allocated_before))
             self.config = self._fit(config, num_pages)
             self.num_pages = num_pages
             self.kv = self._new_cache(num_pages, config.page_size)
@@ -99,8 +107,12 @@ class Engine:
     def close(self) -> None:
         """Give the device's memory back."""
         if not self.closed:
-            del self.model, self.kv, self.rows, self.graphs, self._counts
+            del self.model, self.sampler, self.kv, self.rows, self.graphs, self._counts
             self.empty_cache()
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Around a step and the wait for its results. One rank alone has nobody to watch."""
+        return nullcontext()
 
     def empty_cache(self) -> None:
         """Give back what torch keeps of freed memory, so that it can be had in other sizes."""
@@ -111,6 +123,8 @@ class Engine:
     def forward(self, step: Step, *, masked: bool = False) -> Forward:
         """Launch the forward pass of a step, and its sampling unless it waits for masks."""
         wanted = Wanted.of(step)
+        if self.group.size > 1:  # then a search for thresholds takes exchanges
+            wanted = wanted._replace(filters=any(request.filters for request in step.sampled))
         if self.graphs and (captured := self.graphs.run(step, wanted, masked)):
             return captured
         longest = max((request.length for request in step.sampled), default=0)
@@ -147,7 +161,7 @@ class Engine:
     def _score(self, hidden: torch.Tensor, kept: Kept) -> Logprobs:
         """Logprobs of prompt tokens, a few at a time: memory does not grow with the prompt."""
         parts = [
-            logprobs(self.model.logits(hidden[before]), ids, kept.num_top)
+            self.sampler.logprobs(self.model.logits(hidden[before]), ids, kept.num_top)
             for before, ids in zip(
                 kept.before_scored.split(SCORED_TOKENS), kept.scored_ids.split(SCORED_TOKENS), strict=True
             )
@@ -161,7 +175,7 @@ class Engine:
         if len(logits):
             if made.wanted.edits or masks is not None:
                 self._edit(logits, made, masks, mask_of)
-            ids = sample(
+            ids = self.sampler(
                 logits,
                 made.rows,
                 made.positions,
@@ -171,17 +185,21 @@ class Engine:
                 rows.min_p,
                 rows.seed,
                 tokens=rows.tokens,
+                filters=made.wanted.filters,
             )
             if made.wanted.num_top is not None:
-                of_ids = Logprobs(*logprobs(logits, ids, made.wanted.num_top))
+                of_ids = Logprobs(*self.sampler.logprobs(logits, ids, made.wanted.num_top))
         return replace(made, logits=None, ids=ids, logprobs=of_ids)
 
     def _edit(
         self, logits: torch.Tensor, made: Forward, masks: torch.Tensor | None, mask_of: torch.Tensor | None
     ) -> None:
-        tables, tokens = self.rows.edits.tables, self.rows.tokens
+        tables, tokens, shard = self.rows.edits.tables, self.rows.tokens, self.model.shard
+        part = {"first_id": shard.first_id, "num_ids": shard.vocab.num_real} if self.group.size > 1 else {}
         try:
-            edit_logits(logits, made.rows, made.positions, tokens, made.longest, tables, self._counts, masks, mask_of)
+            edit_logits(
+                logits, made.rows, made.positions, tokens, made.longest, tables, self._counts, masks, mask_of, **part
+            )
         except BaseException:
             self._counts.zero_()  # between its two launches they are not
             raise
@@ -194,25 +212,26 @@ class Engine:
 
     def _tile_members(self, config: EngineConfig) -> int:
         """Most sequences that attend to a shared prefix in one program; 0 when none do."""
-        together = tile_members(self.model_config.num_heads, self.model_config.num_kv_heads, self.dtype)
+        shard = self.model.shard
+        together = tile_members(shard.q_heads.size, shard.kv_heads.size, self.dtype)
         return together if config.cascade and use_triton(self.model.lm_head) and together > 1 else 0
 
     def _new_graphs(self) -> DecodeGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
             return None
-        return DecodeGraphs(self.rows, self.run_key, self.config.max_graph_batch)
+        return DecodeGraphs(self.rows, self.run_key, self.config.max_graph_batch, self.group)
 
     # -- memory --
 
     def _new_cache(self, num_pages: int, page_size: int) -> KVCache:
-        model = self.model_config
-        shape = (model.num_layers, num_pages, page_size, model.num_kv_heads, model.head_dim)
+        model, kv_heads = self.model_config, self.model.shard.kv_heads.size
+        shape = (model.num_layers, num_pages, page_size, kv_heads, model.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return KVCache(keys, values)
 
     def _page_bytes(self, page_size: int) -> int:
-        model = self.model_config
-        return 2 * model.num_layers * page_size * model.num_kv_heads * model.head_dim * self.dtype.itemsize
+        model, kv_heads = self.model_config, self.model.shard.kv_heads.size
+        return 2 * model.num_layers * page_size * kv_heads * model.head_dim * self.dtype.itemsize
 
     def _allocated_bytes(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -258,7 +277,8 @@ class Engine:
 
     def _compile_kernels(self, config: EngineConfig) -> None:
         """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler. Side by
-        side: compilers leave the interpreter to others."""
+        side, since compilers leave the interpreter to others; one after another where ranks exchange what they make,
+        in the same order."""
         rows, together = self.rows, self._tile_members(config)
         max_len = rows.tokens.shape[1]
         kv = self._new_cache(1, config.page_size)
@@ -290,7 +310,7 @@ class Engine:
             masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
             self.sample(self._run(batch, kv, masked=True), masks, np.full(1, -1, np.int32))
 
-        with ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        with ThreadPoolExecutor(COMPILE_THREADS if self.group.size == 1 else 1) as pool:
             jobs = [pool.submit(run_edits, batches[1]), *(pool.submit(run, batch) for batch in batches)]
             for job in jobs:
                 job.result()

@@ -72,7 +72,7 @@ class EngineCore:
         self.model_config = model_config
         self.eos_ids = defaults.eos_ids
         self._default_params = DEFAULTS.merge(vars(defaults.sampling))
-        self.engine = Engine(resolve(asked, model_config), model_config, folder)
+        self.engine = _new_engine(resolve(asked, model_config), model_config, folder)
         self.config = self.engine.config
         cache = RadixCache(self.config.page_size, self.config.evict) if self.config.cache == "radix" else None
         pool = PagePool(self.engine.num_pages, self.config.page_size)
@@ -208,7 +208,8 @@ class EngineCore:
         result is lost: all requests are queued again. A step that does not fit into the device's memory is such a
         failure, and makes later steps smaller instead of raising."""
         try:
-            return self._step()
+            with self.engine.watched():
+                return self._step()
         except BaseException as error:
             while self._in_flight:
                 self.scheduler.roll_back(self._in_flight.pop().step)
@@ -290,6 +291,14 @@ class EngineCore:
             request.error, request.finish_reason = matcher.error, "error"
         elif matcher.finished:
             request.finish_reason = "stop"
+
+
+def _new_engine(config: EngineConfig, model_config: ModelConfig, folder: Path) -> Engine:
+    if config.tp == 1:
+        return Engine(config, model_config, folder)
+    from minisgl.worker import LeadingEngine  # one device needs no torch.distributed
+
+    return LeadingEngine(config, model_config, folder)
 
 
 def _add_logprobs(step: Step, ids: npt.NDArray[np.int32], logprobs: HostLogprobs, progressed: set[Request]) -> None:

@@ -21,6 +21,7 @@ class Wanted(NamedTuple):
 
     edits: bool = False
     num_top: int | None = None  # logprobs of the sampled tokens, with those of as many likeliest; None: no logprobs
+    filters: bool = True  # a row may have top-k, top-p or min-p; one rank alone does not ask
 
     @classmethod
     def of(cls, step: Step) -> "Wanted":

@@ -3,8 +3,8 @@
 A graph is made when its batch size is first needed (tens of milliseconds; kernels are compiled by then), so that
 start-up captures nothing that is never used. Its inputs are `rows` and, where some share a prefix, tiles of them:
 everything else a decode step reads is in the row table. A batch smaller than the graph is padded with row -1, which no
-kernel acts on. All graphs share one memory pool, since they run one after another and a step's ids are copied out
-before the next replay.
+kernel acts on. Ranks make the same graphs, or none of them does. All graphs share one memory pool, since they run one
+after another and a step's ids are copied out before the next replay.
 
 Knows steps and the row table. Does not know models.
 """
@@ -20,6 +20,7 @@ from minisgl.batch import Batch
 from minisgl.cascade import CascadePlan, packed_length
 from minisgl.forward import Forward, Wanted
 from minisgl.kernels.attention_cascade import CascadeTiles
+from minisgl.parallel import ParallelGroup
 from minisgl.rows import RowTable
 from minisgl.scheduler import Step
 from minisgl.upload import ints
@@ -51,10 +52,13 @@ class Key(NamedTuple):
 class DecodeGraphs:
     """Decode steps of up to `max_batch` rows; `forward` runs a batch as a key says."""
 
-    def __init__(self, rows: RowTable, forward: Callable[[Batch, Key], Forward], max_batch: int) -> None:
+    def __init__(
+        self, rows: RowTable, forward: Callable[[Batch, Key], Forward], max_batch: int, group: ParallelGroup
+    ) -> None:
         self.rows = rows
         self.max_batch = max_batch
         self._forward = forward
+        self._group = group
         self._max_len = rows.tokens.shape[1]
         # The inputs of all graphs, each of which reads their start; and what they start with now.
         self._rows_in = torch.full((BATCH_SIZES[-1],), -1, dtype=torch.int32, device=rows.device)
@@ -101,12 +105,16 @@ class DecodeGraphs:
             packed = self._cascade_in[: packed_length(key.size, key.tile_members)].zero_()
             cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
         self._loaded_rows, self._loaded_cascade = [], (0, None)
+        graph, made = None, None
         try:
             self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 made = self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)
         except torch.OutOfMemoryError:
+            if graph is None and self._group.size > 1:
+                raise  # the run before the capture exchanges: other ranks would wait in it
+        if not self._group.min(int(made is not None)) or graph is None or made is None:
             self.max_batch = key.size - 1
             log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
             return False

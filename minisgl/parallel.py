@@ -22,6 +22,7 @@ from minisgl.errors import MinisglError
 from minisgl.kernels.all_reduce import PeerMemory, gather_of_ranks, sum_and_norm, sum_into_stream, sum_of_ranks
 from minisgl.kernels.rms_norm import rms_norm
 from minisgl.kernels.skinny_matmul import Stream
+from minisgl.processes import Meeting
 from minisgl.shards import Ranks
 
 log = logging.getLogger("minisgl")
@@ -83,6 +84,7 @@ class ProcessGroup(ParallelGroup):
 
     torch.distributed's world, which `start_processes` makes, is cut into groups of `size` consecutive processes; all
     of them must make their group at the same time. `peers`: on GPUs, memory that all can reach, where that can be had.
+    num_exchanges: that this rank has begun outside of graphs; one that hangs has begun fewer than the others.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
@@ -97,10 +99,12 @@ class ProcessGroup(ParallelGroup):
         self._group = groups[rank // size]
         self.ranks = Ranks(rank % size, size)
         self.device = device
+        self.num_exchanges = 0
         self.peers = self._open_peers() if device.type == "cuda" and self.size > 1 else None
         self.sums_into_streams = self.peers is not None
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_exchanges += 1
         if self.peers is not None and self.peers.holds(x):
             return sum_of_ranks(x, self.peers)
         self._dist.all_reduce(x, group=self._group)
@@ -108,6 +112,7 @@ class ProcessGroup(ParallelGroup):
 
     def sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         if self.peers is not None and self.peers.holds_at_once(x):
+            self.num_exchanges += 1
             return sum_and_norm(x, residual, weight, eps, self.peers)
         return rms_norm(self.sum(x), weight, eps, residual)
 
@@ -115,16 +120,21 @@ class ProcessGroup(ParallelGroup):
         self, x: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float
     ) -> Stream:
         assert self.peers is not None
+        self.num_exchanges += 1
         return sum_into_stream(x, residual, norm_weight, eps, self.peers)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.num_exchanges += 1
         if self.peers is not None and self.peers.holds_words(x):
             return gather_of_ranks(x, self.peers)
         gathered = x.new_empty(self.size, *x.shape)
-        self._dist.all_gather_into_tensor(gathered.view(-1), x.reshape(-1), group=self._group)
+        # The same by its new name, and by that of torch before 2.13.
+        gather = getattr(self._dist, "all_gather_single", None) or self._dist.all_gather_into_tensor
+        gather(gathered.view(-1), x.reshape(-1), group=self._group)
         return gathered
 
     def min(self, value: int) -> int:
+        self.num_exchanges += 1
         shared = torch.tensor([value])
         self._dist.all_reduce(shared, self._dist.ReduceOp.MIN, group=self._group)
         return int(shared)
@@ -155,6 +165,7 @@ class ProcessGroup(ParallelGroup):
         self._dist.destroy_process_group(self._group)
 
     def _broadcast(self, data: bytearray) -> None:
+        self.num_exchanges += 1
         self._dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), src=self._first, group=self._group)
 
     def _open_peers(self) -> PeerMemory | None:
@@ -172,16 +183,22 @@ class ProcessGroup(ParallelGroup):
         return memory if self.min(int(memory is not None)) else None
 
 
-def start_processes(device_type: str, timeout_s: float) -> tuple[int, int]:
-    """Meet the other processes that torchrun started; (rank, number of processes). `timeout_s`: for any exchange.
+def start_processes(device_type: str, timeout_s: float, meeting: Meeting | None = None) -> tuple[int, int]:
+    """Meet the other processes; (rank, number of processes). `timeout_s`: for any exchange.
 
-    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. MinisglError where they do not come together.
+    At `meeting`, or where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say. MinisglError where they do not come
+    together.
     """
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        if meeting:
+            store, (rank, size, _) = meeting.again(), meeting.place
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:  # DistNetworkError and DistStoreError are RuntimeErrors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -255,6 +255,9 @@ class Request:
             or params.frequency_penalty
             or (params.repetition_penalty or 1) != 1
         )
+        self.filters = bool(
+            (params.top_k or 0) > 0 or (1 if params.top_p is None else params.top_p) < 1 or params.min_p
+        )
         self.scored_from = scored_from
         self.tokens = np.empty(max_total, np.int32)
         self.tokens[: self.num_prompt] = prompt

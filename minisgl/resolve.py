@@ -15,6 +15,12 @@ from minisgl.models.config import ModelConfig
 def resolve(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
     """The same config with no "auto" and no max_len of None left. Raises MinisglError for what cannot be."""
     device = resolve_device(config.device)
+    num_gpus = torch.cuda.device_count()
+    if config.tp > 1 and device.type == "cuda" and (device.index or config.tp > num_gpus):
+        raise MinisglError(
+            f"tp is {config.tp} and device {device}: ranks take the first GPUs of {num_gpus} that CUDA_VISIBLE_DEVICES "
+            "shows; leave --device out and lower --tp, or show others"
+        )
     room = config.max_running + config.page_size
     if config.max_step_tokens < room:
         raise MinisglError(

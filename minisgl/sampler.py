@@ -38,7 +38,7 @@ class Sampler:
         """Ids  # [N] int32 of logits  # [N, V] of this rank's slice; the other arguments as `kernels.sampling.sample`
         has them. filters: whether any row may have top-k, top-p or min-p; the same on all ranks."""
         if self.group.size == 1:
-            return sample(logits, rows, positions, temperature, top_k, top_p, min_p, seed, tokens)
+            return sample(logits, rows, positions, temperature, top_k, top_p, min_p, seed, tokens=tokens)
         samples = Samples(rows, positions, temperature, top_k, top_p, min_p, seed)
         if not len(logits):
             return rows

@@ -17,6 +17,8 @@ if not HAS_GPU:
 
 from minisgl.kernels import launch  # noqa: E402
 
+launch.INTERPRET = False  # fixtures of modules run before `_kernel_path`
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -52,7 +52,7 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
     with LLM(folder, **SMALL) as llm:
         expected = llm.generate(prompts, asked)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512))
+    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512, engine.group))
     with LLM(folder, **SMALL) as llm:
         assert llm.generate(prompts, asked) == expected
         keys = list(llm.core.engine.graphs._graphs)

@@ -131,8 +131,10 @@ MILLION = """
         def __init__(self, *args, **options): self.waiting = []
         def __enter__(self): return self
         def __exit__(self, *exception): pass
+        def close(self): pass
+        def check_params(self, params): pass
         num_unfinished = property(lambda self: len(self.waiting))
-        def new_requests(self, ids, params, *, index): return [Request(index, ids, params, 8, frozenset())]
+        def new_requests(self, ids, params, *, index, thinks): return [Request(index, ids, params, 8, frozenset())]
         def submit(self, requests): self.waiting += requests
         def step(self):
             ended, self.waiting = self.waiting[:256], self.waiting[256:]

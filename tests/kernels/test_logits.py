@@ -86,6 +86,25 @@ def test_equals_the_reference(device, dtype, vocab, masked):
     assert padded[:, vocab:].isnan().all()
 
 
+@pytest.mark.parametrize("size", [64, 448, 1024])
+def test_slices_of_ranks_are_edited_as_the_whole(device, size):
+    """The last slice has padding, or is all padding, as where there are more ranks than ids for them."""
+    vocab, samples = 1000, 6
+    arguments = case(samples, vocab, device)
+    logits = torch.randn(samples, vocab, device=device) * 3
+    expected = edit_logits(logits.clone(), **arguments)
+    found = []
+    for first_id in range(0, vocab + size, size):
+        num_ids = max(0, min(size, vocab - first_id))
+        part = torch.full((samples, size), 7.0, device=device)
+        part[:, :num_ids] = logits[:, first_id : first_id + num_ids]
+        counts = torch.zeros(samples, size, dtype=torch.int32, device=device)
+        out = edit_logits(part, **arguments | {"counts": counts}, first_id=first_id, num_ids=num_ids)
+        assert out is part and not counts.any() and (out[:, num_ids:] == 7).all()
+        found.append(out[:, :num_ids])
+    assert torch.equal(torch.cat(found, 1), expected)
+
+
 def test_rows_that_ask_for_nothing_and_padding_stay(device):
     arguments = case(4, 700, device)
     arguments["edits"] = Edits.none(7, 5, device)

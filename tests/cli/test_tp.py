@@ -1,0 +1,115 @@
+"""`minisgl run` on several ranks of the demo model: the same file as on one, and an end for all when one fails."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import read_rows
+
+ROOT = Path(__file__).parents[2]
+RUN = ["run", "prompts.jsonl", "--device", "cpu", "--progress", "none", "--max-tokens"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"{index} + 3 =", "temperature": index % 2} for index in range(20)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def followers_of(pid: int) -> list[int]:
+    """The other ranks that a process started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            of_parent = int(path.read_text().rpartition(")")[2].split()[1]) == pid
+            if of_parent and b"minisgl.worker" in path.with_name("cmdline").read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_same_output_at_any_number_of_ranks(folder: Path) -> None:
+    minisgl = [sys.executable, "-m", "minisgl"]
+    limit = ["8", "--limit", "12"]
+    for name, command in {
+        "one": [*minisgl, *RUN, *limit],
+        "two": [*minisgl, *RUN, *limit, "--tp", "2"],
+        "torchrun": [*TORCHRUN, str(ROOT / "minisgl"), *RUN, *limit],
+        "module": [*TORCHRUN, "-m", "minisgl", *RUN, *limit],
+        "nothing left": [*TORCHRUN, "-m", "minisgl", *RUN, *limit],  # no engine is needed: all ranks end
+    }.items():
+        process = start(folder, [*command, "-o", "module.jsonl" if name == "nothing left" else f"{name}.jsonl"])
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    expected = read_rows(folder / "one.jsonl")
+    assert len(expected) == 12
+    for name in ("two", "torchrun", "module"):
+        assert read_rows(folder / f"{name}.jsonl") == expected
+
+
+def kill(rank: int) -> None:
+    os.kill(rank, signal.SIGKILL)
+
+
+def stop(rank: int) -> None:
+    os.kill(rank, signal.SIGSTOP)
+
+
+def starve(rank: int) -> None:
+    resource.prlimit(rank, resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize(
+    "fault, line",
+    [
+        (kill, "rank 1 was killed by signal 9"),
+        (starve, "rank 1 failed: out of memory"),
+        (stop, "rank 1 does not answer: a step takes longer than --watchdog-s 4"),
+        (None, "rank 0 is gone"),
+    ],
+    ids=["killed", "out of memory", "hangs", "the first is killed"],
+)
+def test_a_rank_that_fails_ends_the_job_which_can_go_on(folder: Path, fault, line: str) -> None:  # type: ignore[no-untyped-def]
+    output = folder / "out.jsonl"
+    options = ["16", "--ignore-eos", "--max-running", "4", "-o", str(output), "--tp", "2", "--watchdog-s", "4"]
+    process = start(folder, [sys.executable, "-m", "minisgl", *RUN, *options])
+    while process.poll() is None and not (output.exists() and output.stat().st_size):
+        time.sleep(0.05)
+    [follower] = followers_of(process.pid)
+    began_s = time.monotonic()
+    if fault:
+        fault(follower)
+    else:
+        process.kill()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began_s < 30
+    assert process.returncode == (2 if fault else -signal.SIGKILL)
+    assert sum(line in said for said in err.splitlines()) == 1 and "Traceback" not in err, err
+    assert not is_running(follower)
+    assert 0 < len(read_rows(output)) < 20
+    done = start(folder, [sys.executable, "-m", "minisgl", *RUN, *options[:6]])
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert [row["index"] for row in read_rows(output)] == list(range(20))
