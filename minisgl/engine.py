@@ -107,7 +107,8 @@ class Engine:
     def close(self) -> None:
         """Give the device's memory back."""
         if not self.closed:
-            del self.model, self.sampler, self.kv, self.rows, self.graphs, self._counts
+            for name in ("model", "sampler", "kv", "rows", "graphs", "_counts"):
+                vars(self).pop(name, None)  # not all are there where loading failed
             self.empty_cache()
 
     def watched(self) -> AbstractContextManager[None]:
