@@ -16,7 +16,7 @@ from urllib3.exceptions import HTTPError
 from minisgl.errors import MinisglError, RequestError
 from minisgl.server.config import API_KEY_VARIABLE
 
-CONNECT_S, READ_S = 10, 600
+CONNECT_S, READ_S, BACKOFF_S = 10, 600, 0.5
 BUSY = (408, 429, 500, 502, 503, 504)  # the same request may be answered later
 MAX_NAMES_SHOWN, MAX_QUOTED = 10, 200
 
@@ -38,8 +38,8 @@ class Refused(RequestError):
 class Client:
     """One server. Safe for as many threads as `concurrency` says; each waits for its own answer.
 
-    retries: how often a request is sent again where the server is busy or the connection breaks, after half a second
-    at first and twice as long each time, or after what its Retry-After says. Raises MinisglError for a server that
+    retries: how often a request is sent again where the server is busy or the connection breaks: at once, after about
+    one second, two, four and so on, or when its Retry-After says. Raises MinisglError for a server that
     cannot be reached, and Refused for what it refuses.
     """
 
@@ -53,8 +53,8 @@ class Client:
         self._pool = ProxyManager(proxy, **settings) if proxy else PoolManager(**settings)
         self._retries = Retry(
             retries,
-            backoff_factor=0.5,
-            backoff_jitter=0.5,
+            backoff_factor=BACKOFF_S,
+            backoff_jitter=BACKOFF_S,
             status_forcelist=BUSY if retries else (),
             allowed_methods=None,  # asking twice for an answer does no harm
             raise_on_status=False,

@@ -145,7 +145,8 @@ class Questions:
         assert self._options is not None  # the task's own check
         value = self._options(columns)
         if not isinstance(value, (list, tuple)) or not value:
-            refuse(f"the options are {kind(value)}; they must be a list with at least one answer")
+            what = "an empty list" if value in ([], ()) else kind(value)
+            refuse(f"the options are {what}; they must be a list with at least one answer")
         return [[str(part) for part in one] if isinstance(one, (list, tuple)) else as_text(one) for one in value]
 
     def _solve(self, asked: dict[str, Any], columns: dict[str, Any]) -> str:

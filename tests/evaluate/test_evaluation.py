@@ -93,6 +93,20 @@ def test_a_stopped_evaluation_goes_on(write: Any, tmp_path: Path, mode: str, mon
         assert sample == other
 
 
+@pytest.mark.parametrize("mode", ["generate", "choice"])
+def test_two_ranks_score_as_one_does(write: Any, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the other rank runs references
+    task = Task(mode=mode, prompt_column="q", chat=True, options="[answer, answer + 1]" if mode == "choice" else None)
+    one, two = (
+        evaluate(task, write(SUMS), tmp_path / f"{tp}", engine={"device": "cpu", "tp": tp, "num_pages": 16})
+        for tp in (1, 2)
+    )
+    assert [metric["value"] for metric in one["metrics"]] == [metric["value"] for metric in two["metrics"]]
+    for sample, other in zip(read_samples(tmp_path / "1"), read_samples(tmp_path / "2"), strict=True):
+        assert sample.pop("logprobs", []) == pytest.approx(other.pop("logprobs", []), abs=1e-4)
+        assert sample == other
+
+
 def test_many_samples_of_a_row(write: Any, tmp_path: Path) -> None:
     task = Task(prompt_column="q", chat=True, extract="number", match="number", n=3)
     results = evaluate(task, write(SUMS[:2]), tmp_path / "out", sampling={"temperature": 1.5})
