@@ -105,6 +105,8 @@ class Evaluation(Job):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
+        if self.remote:
+            self.remote.close()
         self._remove_empty_folder()
 
     def _remove_empty_folder(self) -> None:

@@ -30,24 +30,29 @@ NOT_ASKED = ("logprobs", "prompt_logprobs", "echo")  # no evaluation reads them,
 
 
 class RemoteModel:
-    """The part of `LLM` that evaluations need. `name`: of several models; None where there is one.
-
-    Threads are daemons: what is asked when the process ends is given up.
-    """
+    """The part of `LLM` that evaluations need. `name`: of several models; None where there is one."""
 
     def __init__(self, url: str, name: str | None, engine: dict[str, Any], concurrency: int):
         check_no_engine(setting for setting in engine if setting != "seed")
         self.client = Client(url, concurrency=concurrency, retries=RETRIES)
         self.name = name or self.client.model(None)
         self.concurrency, self.seed = concurrency, int(engine.get("seed", 0))
-        self.pool = ThreadPool(concurrency)
         self.tokenizer = RemoteTokenizer(self)
 
     def __enter__(self) -> "RemoteModel":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.pool.terminate()
+        self.close()
+
+    @cached_property
+    def pool(self) -> ThreadPool:
+        return ThreadPool(self.concurrency)
+
+    def close(self) -> None:
+        """Give up what is asked."""
+        if "pool" in vars(self):
+            self.pool.terminate()
 
     def check(self, mode: str) -> None:
         """MinisglError where the server has not this model, or not what the mode needs."""
