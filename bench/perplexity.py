@@ -5,10 +5,12 @@ with the logprob of each token. Peaks are of the last two, beyond what the engin
 on a GPU, of the process (Linux's VmHWM) on a CPU. Beside them stands what the logits of the whole text would take.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,12 +24,21 @@ from minisgl.request import SamplingParams
 RESET_PEAK = "5"  # of /proc/PID/clear_refs; see proc_pid_clear_refs(5)
 
 
-def run(model: str, *, tokens: int = 8192, json_path: Path | None = None, **options: Any) -> Iterator[dict[str, Any]]:
-    """One row. `model` and `options` as in `throughput.run`. MinisglError for a text that the model cannot hold."""
+def run(
+    model: str, *, tokens: int = 8192, layers: int | None = None, json_path: Path | None = None, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """One row. layers: make random weights of the model's shape with as many layers. Other arguments as in
+    `throughput.run`. MinisglError for a text that the model cannot hold."""
     folder, options = find_model(model, options)
     if json_path:
         write_rows(json_path, [])  # a path that cannot be written should fail now
-    with LLM(folder, **options) as llm:
+    with TemporaryDirectory() as place:
+        if layers:
+            config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": layers}
+            (Path(place) / "config.json").write_text(json.dumps(config))
+            folder, options = Path(place), {"load_format": "dummy", **options}
+        llm = LLM(folder, **options)
+    with llm:
         vocab_size, device = llm.model_config.vocab_size, llm.core.engine.device
         rng = Random(0)
         ids = [rng.randrange(vocab_size) for _ in range(tokens)]
@@ -48,6 +59,7 @@ def run(model: str, *, tokens: int = 8192, json_path: Path | None = None, **opti
         row = {
             "bench": "perplexity",
             "model": model,
+            "layers": llm.model_config.num_layers,
             "tokens": tokens,
             "vocab_size": vocab_size,
             "read_mb": round(read_bytes / 1e6, 1),
@@ -88,7 +100,7 @@ def _of_process(name: str) -> int:
 def table(row: dict[str, Any]) -> str:
     """A row as text."""
     head = f"{row['tokens']:,} tokens, vocabulary {row['vocab_size']:,}"
-    lines = [f"{row['model']}, {head}, {row['dtype']}, {row['device']}"]
+    lines = [f"{row['model']}, {row['layers']} layers, {head}, {row['dtype']}, {row['device']}"]
     lines.append(f"  {'read':<9} {row['read_mb']:,.1f} MB")
     lines.append(f"  {'scored':<9} {row['scored_mb']:,.1f} MB; all logits in fp32 are {row['all_logits_mb']:,.1f} MB")
     lines.append(f"  {'tokens/s':<9} {row['tokens_per_s']:,.1f} scored, {row['seconds']:.3f} s")

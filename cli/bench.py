@@ -87,7 +87,7 @@ Figures, each beyond what the engine holds when it has read the text once:
 \b
 Examples:
   minisgl bench perplexity
-  minisgl bench perplexity -m minisgl/demo/model --tokens 2000 --json rows.jsonl
+  minisgl bench perplexity --layers 2 --device cpu --max-step-tokens 1024 --json rows.jsonl
 """
 KERNELS_EXAMPLES = """\b
 Figures:
@@ -236,6 +236,7 @@ def evaluate(engine: dict[str, Any], **flags: Any) -> None:
 
 @bench.command(cls=OneLineErrors, epilog=PERPLEXITY_EXAMPLES)
 @click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Of the text.")
+@click.option("--layers", type=click.IntRange(1), help="Of the model's shape, with random weights: less to compute.")
 @json_option
 @model_option
 @engine_options
