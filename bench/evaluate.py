@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from minisgl.bench.engines import SHAPES, MinisglEngine, find_model
 from minisgl.bench.harness import environment, write_rows
@@ -57,6 +58,7 @@ def run(
     """
     if json_path:
         write_rows(json_path, [])  # a path that cannot be written should fail now
+    disable_progress_bar()
     about = {"bench": "eval", "model": model, "rows": rows, "choices": CHOICES, "context_words": context}
     questions = _questions(rows, context)
     with TemporaryDirectory(prefix="minisgl-bench-") as place:
