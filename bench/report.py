@@ -49,8 +49,8 @@ EVALUATIONS = """
 ## Evaluation
 
 Multiple choice by `minisgl bench eval --baseline lm-eval`: four answers of six tokens each, behind examples that all
-rows share and a question of 32 tokens. Of minisgl a run goes from the file to durable results; of the `hf` model class of
-lm-evaluation-harness it is the scoring alone.
+rows share and a question of 32 tokens. Of minisgl a run goes from the file to durable results; of the `hf` model class
+of lm-evaluation-harness it is the scoring alone.
 """
 KERNELS = """
 ## Kernels

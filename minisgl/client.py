@@ -66,7 +66,12 @@ class Client:
 
     def model(self, asked: str | None) -> str:
         """The name of the model that is meant: the one that was asked for, or the only one."""
-        names = self.models()
+        try:
+            names = self.models()
+        except (Refused, LookupError, TypeError) as error:
+            if asked is not None:
+                return asked  # some servers have no list
+            raise MinisglError(f"{self.url} has no list of models ({error}): name one with -m") from error
         if asked in names or (asked is None and len(names) == 1):
             return asked or names[0]
         shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")

@@ -27,6 +27,7 @@ from minisgl.request import Result, SamplingParams, Score, Usage
 
 RETRIES = 6  # half a minute
 NOT_ASKED = ("logprobs", "prompt_logprobs", "echo")  # no evaluation reads them, and servers differ in their forms
+MALFORMED = (LookupError, TypeError, AttributeError)  # what reading an answer of another form raises
 
 
 class RemoteModel:
@@ -63,7 +64,7 @@ class RemoteModel:
             ids = self.tokenizer.encode_batch(["1 2 3"])[0]
             _ = self.config
             _prompt_logprobs(self.complete(ids), ids)
-        except (Refused, KeyError, TypeError, ValueError) as error:
+        except (Refused, *MALFORMED) as error:
             raise MinisglError(
                 f"mode {mode} needs /tokenize with max_model_len, and prompt_logprobs in /v1/completions, which "
                 f"{self.client.url} does not have ({error}): ask `minisgl serve` or vLLM, or use mode generate"
@@ -90,11 +91,11 @@ class RemoteModel:
                 body["chat_template_kwargs"] = kwargs
             value = self.ask("/v1/chat/completions", messages=row.messages, **body)
         try:
-            choices = sorted(value["choices"], key=lambda choice: int(choice.get("index", 0)))
-            usages = [read_usage(value["usage"]) if value.get("usage") else Usage(), *[Usage()] * len(choices)]
-            return [_result(choice, usage) for choice, usage in zip(choices, usages, strict=False)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"the server's answer is no completion: {json.dumps(value)[:200]}") from error
+            choices = sorted(value["choices"], key=lambda choice: choice.get("index", 0))
+            usage = read_usage(value["usage"]) if value.get("usage") else Usage()
+            return [_result(choices[0], usage), *(_result(choice, Usage()) for choice in choices[1:])]
+        except MALFORMED as error:
+            raise _malformed(value) from error
 
     # -- loglikelihoods --
 
@@ -136,8 +137,11 @@ class RemoteModel:
             value = self.complete(whole)
         except Refused as error:
             return Score(0.0, [], False, 0, error=error)
-        scored = _prompt_logprobs(value, whole)[len(before) :]
-        usage = read_usage(value["usage"])
+        try:
+            scored = _prompt_logprobs(value, whole)[len(before) :]
+            usage = read_usage(value["usage"])
+        except MALFORMED:
+            return Score(0.0, [], False, 0, error=_malformed(value))
         logprobs = [logprob for logprob, _ in scored]
         return Score(
             logprob=sum(logprobs),
@@ -229,6 +233,8 @@ def _params(params: SamplingParams) -> dict[str, Any]:
 
 
 def _result(choice: dict[str, Any], usage: Usage) -> Result:
+    if choice.get("finish_reason") in ("abort", "error"):
+        raise RequestError("the server gave up on the answer", "server_failed")
     message = choice.get("message")
     text = choice["text"] if message is None else message["content"]
     reasoning = (message or {}).get("reasoning_content") or ""
@@ -236,12 +242,17 @@ def _result(choice: dict[str, Any], usage: Usage) -> Result:
     return Result(text or "", [], "length" if is_cut else "stop", usage, reasoning=reasoning)
 
 
+def _malformed(value: Any) -> RequestError:
+    return RequestError(f"the server's answer is no completion: {json.dumps(value)[:200]}", "server_failed")
+
+
 def _prompt_logprobs(value: Any, ids: Sequence[int]) -> list[tuple[float, bool]]:
     """The logprob of each token of a prompt, and whether it is the likeliest; the first has none, and stands for 0.
-    KeyError, TypeError or ValueError where the answer has them not."""
+    One of MALFORMED where the answer has them not."""
     found: list[dict[str, dict[str, float]]] = value["choices"][0]["prompt_logprobs"]
     scored = [(0.0, True)]
-    for token, entries in zip(ids[1:], found[1:], strict=True):
-        logprob = entries[str(token)]["logprob"]
+    for place in range(1, len(ids)):
+        entries = found[place]
+        logprob = entries[str(ids[place])]["logprob"]
         scored.append((logprob, logprob >= max(one["logprob"] for one in entries.values())))
     return scored

@@ -85,6 +85,23 @@ def test_rows_that_are_refused_are_counted_and_can_be_asked_again(
         evaluate(TEXT, data, tmp_path / "strict", url=served.url, max_errors=1)
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"choices": []}, "the server's answer is no completion"),
+        ({"choices": [{"message": None}]}, "the server's answer is no completion"),
+        ([], "the server's answer is no completion"),
+        ({"choices": [{"text": "0", "finish_reason": "abort"}]}, "the server gave up on the answer"),
+    ],
+)
+def test_an_answer_that_is_none_fails_its_row(
+    served: FakeServer, data: str, tmp_path: Path, answer: Any, message: str
+) -> None:
+    served.failing = lambda path, body: (200, answer) if body and body["prompt"] == "q3" else None
+    results = evaluate(TEXT, data, tmp_path / "out", url=served.url)
+    assert results["rows_with_errors"] == 1 and message in results["first_error"]
+
+
 def test_a_server_that_goes_away_ends_the_run_which_can_go_on(
     served: FakeServer, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +210,10 @@ def test_several_models_and_keys(served: FakeServer, data: str, tmp_path: Path) 
         evaluate(TEXT, data, tmp_path / "out", url=served.url)
     assert evaluate(TEXT, data, tmp_path / "out", url=served.url, model="large")["model"] == "large"
     assert {body["model"] for body in served.bodies("/v1/completions")} == {"large"}
+    del served.routes["/v1/models"]
+    assert evaluate(TEXT, data, tmp_path / "no list", url=served.url, model="large")["rows"] == 12
+    with pytest.raises(MinisglError, match="has no list of models .*: name one with -m"):
+        evaluate(TEXT, data, tmp_path / "no list", url=served.url)
     served.failing = lambda path, body: (401, {})
     with pytest.raises(MinisglError, match="refuses the key .*MINISGL_API_KEY"):
         evaluate(TEXT, data, tmp_path / "other", url=served.url)
