@@ -39,8 +39,8 @@ class Client:
     """One server. Safe for as many threads as `concurrency` says; each waits for its own answer.
 
     retries: how often a request is sent again where the server is busy or the connection breaks: at once, after about
-    one second, two, four and so on, or when its Retry-After says. Raises MinisglError for a server that
-    cannot be reached, and Refused for what it refuses.
+    one second, two, four and so on, or when its Retry-After says. Raises MinisglError for a server that cannot be
+    reached, and Refused for what it refuses.
     """
 
     def __init__(self, url: str, *, concurrency: int = 1, retries: int = 0) -> None:
@@ -85,7 +85,7 @@ class Client:
 
     def stream(self, path: str, body: Any) -> Iterator[Any]:
         """The events of an answer as they come. Ending the iteration ends the request."""
-        response = self._send(path, body, retries=True)
+        response = self._send(path, body, streamed=True)
         try:
             for line in response:
                 data = line.removeprefix(b"data: ").strip()
@@ -97,17 +97,13 @@ class Client:
             response.close()
 
     def _json(self, path: str, body: Any, *, retries: bool) -> Any:
-        response = self._send(path, body, retries=retries)
         try:
-            return response.json()
-        except ValueError as error:
+            return self._send(path, body, retries=retries).json()
+        except json.JSONDecodeError as error:
             raise MinisglError(f"{self.url}{path} does not answer in JSON: is it a server as OpenAI's?") from error
-        except HTTPError as error:
-            raise self._unreachable(error) from error
-        finally:
-            response.release_conn()
 
-    def _send(self, path: str, body: Any, *, retries: bool) -> BaseHTTPResponse:
+    def _send(self, path: str, body: Any, *, retries: bool = True, streamed: bool = False) -> BaseHTTPResponse:
+        """The answer; what is not streamed is read, with a retry where the connection breaks meanwhile."""
         key = os.environ.get(API_KEY_VARIABLE)
         try:
             response = self._pool.request(
@@ -117,7 +113,7 @@ class Client:
                 headers={"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})},
                 retries=self._retries if retries else self._retries.new(total=0, status_forcelist=()),
                 redirect=False,  # the key is for this server
-                preload_content=False,
+                preload_content=not streamed,
             )
             if response.status >= 300:
                 raise self._refusal(response)
@@ -126,10 +122,8 @@ class Client:
             raise self._unreachable(error) from error
 
     def _refusal(self, response: BaseHTTPResponse) -> MinisglError:
-        if response.status in (401, 403):
-            return MinisglError(
-                f"{self.url} refuses the key (status {response.status}): put it into {API_KEY_VARIABLE}"
-            )
+        if response.status == 401:
+            return MinisglError(f"{self.url} refuses the key: put the right one into {API_KEY_VARIABLE}")
         text = response.data.decode(errors="replace")
         try:
             return Refused(str(json.loads(text)["error"]["message"]), response.status)

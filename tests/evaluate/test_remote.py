@@ -215,7 +215,7 @@ def test_several_models_and_keys(served: FakeServer, data: str, tmp_path: Path) 
     with pytest.raises(MinisglError, match="has no list of models .*: name one with -m"):
         evaluate(TEXT, data, tmp_path / "no list", url=served.url)
     served.failing = lambda path, body: (401, {})
-    with pytest.raises(MinisglError, match="refuses the key .*MINISGL_API_KEY"):
+    with pytest.raises(MinisglError, match="refuses the key: .*MINISGL_API_KEY"):
         evaluate(TEXT, data, tmp_path / "other", url=served.url)
     asked = len(served.asked)  # another way to grade asks nobody, where -m says which model it was
     assert evaluate(TEXT, data, tmp_path / "out", url=served.url, model="large")["rows"] == 12
