@@ -45,6 +45,13 @@ LATENCY = """
 
 All requests of a batch are handed over at once; milliseconds.
 """
+EVALUATIONS = """
+## Evaluation
+
+Multiple choice by `minisgl bench eval --baseline lm-eval`: four answers of six tokens each, behind examples that all
+rows share and a question of 32 tokens. Of minisgl a run goes from the file to durable results; of the `hf` model class
+of lm-evaluation-harness it is the scoring alone.
+"""
 KERNELS = """
 ## Kernels
 
@@ -75,7 +82,14 @@ class Page:
             copy=self.results.copy_gb_s,
             matmul=self.results.matmul_tflops,
         )
-        sections = (self._throughput(), self._start(), self._transformers(), self._latency(), self._kernels())
+        sections = (
+            self._throughput(),
+            self._start(),
+            self._transformers(),
+            self._latency(),
+            self._evaluations(),
+            self._kernels(),
+        )
         return "\n".join([head, *(part for section in sections for part in section)])
 
     def _peer_names(self) -> list[str]:
@@ -131,6 +145,17 @@ class Page:
             yield LATENCY
             columns = [f"{what} p50 / p90 / p99" for what in ("TTFT", "ITL", "E2E")]
             yield _table(["model", "requests", "engine", *columns, "commit", "date"], lines)
+
+    def _evaluations(self) -> Iterator[str]:
+        lines = []
+        for row in self.results.evaluations:
+            shape = f"{row['rows']:,} behind {row['context_words']:,} tokens"
+            times = [_number(row["rows"] / seconds) for seconds in sorted(row["seconds_all"], reverse=True)]
+            figures = [_number(row["rows_per_s"]), f"{times[0]} .. {times[-1]}"]
+            lines.append([row["model"], shape, row["engine"], *figures, *_origin(row)])
+        if lines:
+            yield EVALUATIONS
+            yield _table(["model", "rows", "engine", "rows/s", "smallest .. largest", "commit", "date"], lines)
 
     def _kernels(self) -> Iterator[str]:
         if self.results.kernels:

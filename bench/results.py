@@ -49,7 +49,8 @@ class Comparison(NamedTuple):
 class Results:
     """Rows of the device that the peers were measured on, made with default settings: `ours` and `peers`.
 
-    kernels: the latest of ours for each (op, shape).
+    kernels: the latest of ours for each (op, shape). evaluations: the latest in bfloat16 of each engine, also without
+    the prefix cache.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -61,6 +62,8 @@ class Results:
         limits = [ceilings, *(row["ceilings"] for row in self.ours if "ceilings" in row)]
         self.copy_gb_s = max(limit["copy_gb_s"] for limit in limits)
         self.matmul_tflops = max(limit["matmul_tflops"] for limit in limits)
+        evaluations = [row for row in rows if row["device"] == self.device and row.get("dtype") == "bfloat16"]
+        self.evaluations = list(latest(evaluations, "eval", "model", "rows", "context_words", "engine").values())
         self.kernels = list(latest(self.ours, "kernels", "op", "shape").values())
 
     def comparisons(self) -> list[Comparison]:

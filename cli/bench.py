@@ -67,6 +67,28 @@ Examples:
   minisgl bench batch_run
   minisgl bench batch_run -m minisgl/demo/model --workload examples/prompts.jsonl --json rows.jsonl
 """
+EVAL_EXAMPLES = """\b
+Figures:
+  rows/s    rows / seconds, of a run from the file of rows to durable results (lm-eval: of the scoring alone)
+  tokens    of all prompts with their options, and the share that the prefix cache had
+  accuracy  of random weights about a quarter; a sign that both do the same
+
+\b
+Examples:
+  minisgl bench eval --baseline lm-eval
+  minisgl bench eval -m minisgl/demo/model --rows 16 --context 40 --repeats 1 --json rows.jsonl
+"""
+PERPLEXITY_EXAMPLES = """\b
+Figures, each beyond what the engine holds when it has read the text once:
+  read      most bytes while the text is read without scores
+  scored    most bytes while each of its tokens is scored
+  tokens/s  tokens / seconds of that
+
+\b
+Examples:
+  minisgl bench perplexity
+  minisgl bench perplexity --layers 2 --device cpu --max-step-tokens 1024 --json rows.jsonl
+"""
 KERNELS_EXAMPLES = """\b
 Figures:
   us           median of launches, each after the L2 cache was emptied; the host's share of a launch is in it
@@ -109,6 +131,16 @@ baseline_option = click.option(
 )
 
 
+model_option = click.option(
+    "-m",
+    "--model",
+    metavar="MODEL",
+    default="qwen3-0.6b",
+    show_default=True,
+    help="Model folder, Hugging Face id, or a shape of bench/models with random weights.",
+)
+
+
 def run_options(command: Command) -> Command:
     """The flags of every measurement of a whole engine."""
     for option in (
@@ -117,14 +149,7 @@ def run_options(command: Command) -> Command:
             "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
         ),
         click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs."),
-        click.option(
-            "-m",
-            "--model",
-            metavar="MODEL",
-            default="qwen3-0.6b",
-            show_default=True,
-            help="Model folder, Hugging Face id, or a shape of bench/models with random weights.",
-        ),
+        model_option,
     ):
         command = option(command)
     return command
@@ -172,13 +197,13 @@ def latency(engine: dict[str, Any], **flags: Any) -> None:
 
 
 def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Row, Row], float]) -> None:
-    """Print each row as it comes, and how the first compares to the second, its baseline."""
-    before = None
+    """Print each row as it comes, and how the first compares to each of the others, its baselines."""
+    first = None
     for row in rows:
         click.echo(table(row))
-        if before:
-            click.echo(f"{before['engine']} is {ratio(before, row):.2f} times as fast as {row['engine']}")
-        before = row
+        if first:
+            click.echo(f"{first['engine']} is {ratio(first, row):.2f} times as fast as {row['engine']}")
+        first = first or row
 
 
 @bench.command("batch_run", cls=OneLineErrors, epilog=BATCH_RUN_EXAMPLES)
@@ -188,6 +213,36 @@ def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Ro
 def batch_run(engine: dict[str, Any], **flags: Any) -> None:
     """Measure what `minisgl run` costs over LLM.generate, and its journal."""
     from minisgl.bench.batch_run import run, table
+
+    for row in run(**flags, **engine):
+        click.echo(table(row))
+
+
+@bench.command("eval", cls=OneLineErrors, epilog=EVAL_EXAMPLES)
+@click.option("--rows", type=click.IntRange(1), default=256, show_default=True, help="Questions with four answers.")
+@click.option("--context", type=click.IntRange(1), default=1024, show_default=True, help="Words that all rows share.")
+@run_options
+@click.option(
+    "--baseline", type=click.Choice(("lm-eval",)), help="Then lm-evaluation-harness's `hf` class, for a ratio."
+)
+@click.option("--hf-batch", type=click.IntRange(1), default=16, show_default=True, help="Texts it computes at once.")
+@engine_options
+def evaluate(engine: dict[str, Any], **flags: Any) -> None:
+    """Measure multiple choice with and without the prefix cache."""
+    from minisgl.bench.evaluate import ratio, run, table
+
+    _print(run(**flags, **engine), table, ratio)
+
+
+@bench.command(cls=OneLineErrors, epilog=PERPLEXITY_EXAMPLES)
+@click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="Of the text.")
+@click.option("--layers", type=click.IntRange(1), help="Of the model's shape, with random weights: less to compute.")
+@json_option
+@model_option
+@engine_options
+def perplexity(engine: dict[str, Any], **flags: Any) -> None:
+    """Measure the memory that a long text's logprobs take."""
+    from minisgl.bench.perplexity import run, table
 
     for row in run(**flags, **engine):
         click.echo(table(row))

@@ -5,12 +5,9 @@ Knows a terminal and a conversation. What answers is a `Backend`.
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from minisgl.cli.options import OneLineErrors, engine_options, model_option, sampling_options
-from minisgl.errors import MinisglError, RequestError
+from minisgl.cli.options import OneLineErrors, engine_options, model_option, sampling_options, url_option
+from minisgl.errors import RequestError
 from minisgl.messages import Message
+from minisgl.openai.answers import read_usage
 from minisgl.request import SamplingParams, Usage
 
 if TYPE_CHECKING:
@@ -35,8 +33,6 @@ HELP = """\
 \"\"\"            begins and ends a message of several lines
 Ctrl-C         stops the answer"""
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
-URL_TIMEOUT_S = 600
-KEY_VARIABLE = "MINISGL_API_KEY"
 
 
 class Backend(Protocol):
@@ -64,61 +60,28 @@ class LocalModel:
 
 
 class RemoteModel:
-    """A model behind an OpenAI-compatible server; its key is in MINISGL_API_KEY."""
+    """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, url: str, params: dict[str, Any]) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise MinisglError(f"--url is {url!r}; it must begin with http:// or https://")
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._params = params
+    def __init__(self, url: str, model: str | None, params: dict[str, Any], engine: dict[str, Any]) -> None:
+        from minisgl.client import Client, check_no_engine  # urllib3 takes a tenth of a second
+
+        check_no_engine(engine)
+        self._client = Client(url)
+        self._model, self._params = self._client.model(model), params
         self.usage = Usage()
-        with self._ask("/models") as response:
-            self._model = json.load(response)["data"][0]["id"]
 
     def answer(self, messages: list[Message]) -> Iterator[str]:
         options = {"stream": True, "stream_options": {"include_usage": True}}
         body = {"model": self._model, "messages": messages, **self._params, **options}
-        with self._ask("/chat/completions", body) as response:
-            for line in response:
-                data = line.removeprefix(b"data: ").strip()
-                if data in (b"", b"[DONE]"):
-                    continue
-                event = json.loads(data)
+        with contextlib.closing(self._client.stream("/v1/chat/completions", body)) as events:  # type: ignore[type-var]
+            for event in events:
                 if "error" in event:
                     raise RequestError(event["error"]["message"])
                 if event.get("usage"):
-                    self.usage = _usage(event["usage"])
+                    self.usage = read_usage(event["usage"])
                 for choice in event["choices"]:
                     delta = choice["delta"]
                     yield (delta.get("reasoning_content") or "") + (delta.get("content") or "")
-
-    def _ask(self, path: str, body: Any = None) -> Any:
-        headers = {"content-type": "application/json"}
-        if os.environ.get(KEY_VARIABLE):
-            headers["authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, headers)
-        try:
-            return urllib.request.urlopen(request, timeout=URL_TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            raise RequestError(_message(error)) from error
-        except OSError as error:
-            raise MinisglError(
-                f"{self._url} does not answer ({getattr(error, 'reason', error)}): start `minisgl serve`, or name "
-                "another --url"
-            ) from error
-
-
-def _usage(value: dict[str, Any]) -> Usage:
-    cached = (value.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return Usage(value["prompt_tokens"], value["completion_tokens"], cached)
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered with status {error.code}"
 
 
 @dataclass
@@ -218,7 +181,7 @@ def _read_line(prompt: str) -> str:
 
 @click.command(cls=OneLineErrors, epilog="\b\n" + HELP, short_help="Talk to a model in the terminal.")
 @model_option
-@click.option("--url", help="A running server, instead of loading a model; its key is in MINISGL_API_KEY.")
+@url_option
 @click.option("--system", metavar="TEXT", help="A system message.")
 @sampling_options
 @engine_options
@@ -226,14 +189,12 @@ def chat(
     model: str | None, url: str | None, system: str | None, sampling: dict[str, Any], engine: dict[str, Any]
 ) -> None:
     """Talk to a model in the terminal."""
-    if url and (model or engine):
-        raise MinisglError("--url is a server that has its model: leave out -m and the engine's flags")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() edits lines with it)
     messages: list[Message] = [{"role": "system", "content": system}] if system else []
     params = SamplingParams(**sampling)
     if url:
-        remote = RemoteModel(url, sampling)
+        remote = RemoteModel(url, model, sampling, engine)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         Shell(remote, messages).run()
         return

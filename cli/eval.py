@@ -22,11 +22,13 @@ from minisgl.cli.options import (
     model_option,
     sampling_options,
     table_options,
+    url_option,
 )
 from minisgl.cli.progress import MODES
 from minisgl.cli.run import answer
 from minisgl.cli.tables import results_table
 from minisgl.errors import MinisglError
+from minisgl.evaluate.asking import CONCURRENCY
 from minisgl.evaluate.results import SAMPLES
 from minisgl.evaluate.task import YAML_SUFFIXES, Task, load_task, presets, task_for
 
@@ -62,6 +64,7 @@ Examples:
   minisgl eval hf:openai/gsm8k:main --split test -m path/to/model
   minisgl eval sums.jsonl --prompt-column question --target answer --extract number --match number
   minisgl eval mmlu -m path/to/model --few-shot 0 -o mmlu-0
+  minisgl eval gsm8k --url http://127.0.0.1:30000 --concurrency 64
   minisgl eval --harness arc_easy,piqa -m path/to/model
   minisgl eval compare mmlu mmlu-0
 """
@@ -94,6 +97,13 @@ def _task_options(command: Any) -> Any:
 @click.argument("what", metavar="WHAT...", nargs=-1)
 @click.option("-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="[default: WHAT.eval]")
 @model_option
+@url_option
+@click.option(
+    "--concurrency",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Of --url: most requests at a time. [default: {CONCURRENCY}]",
+)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Ask the first N rows only.")
 @click.option("--allow-code", is_flag=True, help="Run programs that the model wrote, in subprocesses with limits.")
 @click.option("--fresh", is_flag=True, help="Start anew; results of an earlier run go when the first row is done.")
@@ -139,6 +149,8 @@ def evaluate(
 
 def _harness(tasks: str, folder: Path, include_path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness; what they decide themselves must not have been given."""
+    if given["url"]:
+        raise MinisglError("--harness needs the model here: name it with -m, or use lm-eval's own `local-completions`")
     sampling = given.pop("sampling")
     for name, value in {**given, **sampling}.items():
         if value and name not in HARNESS_SETTINGS:

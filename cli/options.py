@@ -22,6 +22,7 @@ from minisgl.config import EngineConfig, type_of
 from minisgl.errors import MinisglError
 from minisgl.processes import Meeting, is_of_torchrun
 from minisgl.request import SamplingParams
+from minisgl.server.config import API_KEY_VARIABLE
 from minisgl.structured import ResponseFormat
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -31,6 +32,13 @@ ROWS_FAILED, CANNOT_START, INTERRUPTED = 1, 2, 130  # exit codes
 
 model_option = click.option(
     "-m", "--model", metavar="MODEL", help=next(f for f in fields(EngineConfig) if f.name == "model").metadata["help"]
+)
+
+url_option = click.option(
+    "--url",
+    metavar="URL",
+    help="Ask an OpenAI-compatible server instead of loading a model: -m names one of its models, "
+    f"{API_KEY_VARIABLE} in the environment is its key.",
 )
 
 

@@ -25,6 +25,7 @@ from minisgl.errors import MinisglError, RequestError
 from minisgl.messages import Messages
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
+from minisgl.pairs import Prompt, check_ids, encode_pairs
 from minisgl.parsers.reasoning import END as END_OF_THINKING
 from minisgl.request import (
     CHOICE_STRIDE,
@@ -41,7 +42,6 @@ from minisgl.structured import GrammarCompiler, Matcher, ResponseFormat
 from minisgl.tokenizer import Tokenizer
 from minisgl.weights import resolve_model
 
-Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Asked = tuple[Sequence[int], SamplingParams, ChatPrompt | None]  # token ids; of a conversation, how it was rendered
 
@@ -123,6 +123,12 @@ class LLM:
             raise MinisglError("the model's folder has no tokenizer: add tokenizer.json, or send and ask for token ids")
         return self._tokenizer
 
+    @property
+    def start_id(self) -> int:
+        """The token that stands before a text that has nothing before it: the one that begins texts, or ends them."""
+        ids = (self._tokenizer.bos_id, self._tokenizer.eos_id) if self._tokenizer else ()
+        return next((token for token in (*ids, *sorted(self.core.eos_ids)) if token is not None), 0)
+
     # -- a whole job at once --
 
     def generate(
@@ -182,7 +188,7 @@ class LLM:
         if len(prompts) != len(continuations):
             raise MinisglError(f"there are {len(prompts)} prompts and {len(continuations)} continuations: give pairs")
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
-        pairs = self._encode_pairs(list(zip(prompts, continuations, strict=True)))
+        pairs = encode_pairs(self, list(zip(prompts, continuations, strict=True)))
         made = [
             pair if isinstance(pair, RequestError) else _attempt(self._scored_request, index, *pair, params)
             for index, pair in enumerate(pairs)
@@ -349,11 +355,7 @@ class LLM:
     # -- prompts and answers --
 
     def _encode(self, prompt: Prompt) -> Sequence[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if not isinstance(prompt, (Sequence, np.ndarray)):
-            raise RequestError(f"a prompt must be a string or a list of token ids, not {prompt!r}", "invalid_prompt")
-        return cast("Sequence[int]", prompt)
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else check_ids(prompt)
 
     def _matcher(self, response_format: ResponseFormat, thinks: bool) -> Matcher:
         if self._grammars is None:
@@ -361,40 +363,8 @@ class LLM:
         [end, *more] = self.tokenizer.encode_rendered([END_OF_THINKING])[0] if thinks else [None]
         return self._grammars.compile(response_format).matcher(None if more else end)
 
-    def _encode_pairs(self, pairs: Sequence[tuple[Prompt, Prompt]]) -> list[tuple[list[int], list[int]] | RequestError]:
-        """(ids of the prompt, ids of both) of each pair to score; what is wrong where they have none."""
-        both = [pair for pair in pairs if isinstance(pair[0], str) and isinstance(pair[1], str)]
-        texts = [text for one, other in cast("list[tuple[str, str]]", both) for text in (one.rstrip(), one + other)]
-        try:
-            encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
-        except RequestError as error:  # of one of them
-            return [error] if len(pairs) == 1 else [one for pair in pairs for one in self._encode_pairs([pair])]
-        return [_attempt(self._encode_pair, *pair, encoded) for pair in pairs]
-
-    def _encode_pair(
-        self, prompt: Prompt, continuation: Prompt, encoded: Iterator[list[int]]
-    ) -> tuple[list[int], list[int]]:
-        """A pair's ids; those of texts are the next two of `encoded`."""
-        if isinstance(prompt, str) and isinstance(continuation, str):
-            before, whole = next(encoded), next(encoded)
-            if not prompt.rstrip():
-                before, whole = [], self.tokenizer.encode_rendered([prompt + continuation])[0]
-        elif isinstance(prompt, str) or isinstance(continuation, str):
-            raise RequestError("a prompt and its continuation must both be strings, or both token ids")
-        else:
-            before = list(self._encode(prompt))
-            whole = before + list(self._encode(continuation))
-        if before:
-            return before, whole
-        ids = (self._tokenizer.bos_id, self._tokenizer.eos_id) if self._tokenizer else ()
-        start = next((token for token in (*ids, *sorted(self.core.eos_ids)) if token is not None), 0)
-        return [start], [start, *whole]
-
     def _scored_request(self, index: int, before: list[int], whole: list[int], params: SamplingParams) -> Request:
         """A request whose scores begin behind the ids of a prompt. The last one is scored, and need not be computed."""
-        if len(whole) <= len(before):
-            message = "the continuation adds no tokens to the prompt's: make it longer, or send both as token ids"
-            raise RequestError(message, "invalid_prompt")
         return self.new_request(whole[:-1], params, index=index, scored_from=len(before), target=whole[-1])
 
     def _answer(self, asked: Sequence[Asked | RequestError], progress: bool) -> list[Result]:

@@ -5,6 +5,8 @@ The weights are spread wide enough that greedy tokens have clear winners, biases
 
 from pathlib import Path
 
+from minisgl.bench.synthetic_tokenizer import SPECIAL_TOKENS, write_bpe
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'tool' %}{{ raise_exception('this model has no tools') }}{% endif %}"
@@ -12,7 +14,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "a")]
 VOCAB_SIZE = 256 + len(MERGES) + len(SPECIAL_TOKENS)
 EOS_ID = VOCAB_SIZE - 1  # <|im_end|>
@@ -94,14 +95,4 @@ def make(name: str, folder: Path) -> Path:
 
 def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
     """Write a byte-level BPE tokenizer of VOCAB_SIZE tokens, so that every id and every text is possible."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
-    bpe = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, MERGES))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
+    write_bpe(folder, MERGES, chat_template)

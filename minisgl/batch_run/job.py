@@ -121,9 +121,7 @@ class Job:
                         "inputs": list(options.inputs),
                         "split": options.split,
                         "shard": options.shard,
-                        "model": options.model,
-                        "revision": revision(options.model),
-                        "dtype": resolved_dtype(options.model, options.engine),
+                        **self.model_settings(),
                         "sampling": options.sampling,
                         "engine": {name: value for name, value in options.engine.items() if name not in UNRECORDED},
                         "prompt_column": options.prompt_column,
@@ -141,6 +139,11 @@ class Job:
                 )
             )
         )
+
+    def model_settings(self) -> dict[str, Any]:
+        """Which model answers, exactly."""
+        model, engine = self.options.model, self.options.engine
+        return {"model": model, "revision": revision(model), "dtype": resolved_dtype(model, engine)}
 
     def check_report(self, path: Path) -> None:
         """MinisglError when a report at `path` could not be written, or would take the place of a file of the job."""

@@ -4,6 +4,7 @@
     questions    Record -> Row with target, options, examples   on top of the batch runner's row parser
     evaluation   Row -> answers.jsonl                           a batch-runner job: its readers, journal and resume
     scoring      rows of modes choice and ppl -> LLM.score      loglikelihoods instead of text
+    remote       rows -> an OpenAI-compatible server            text and loglikelihoods; asking: what both runs share
     grading      answers.jsonl -> samples.jsonl                 one verdict a row (extract, instructions, code)
     metrics      verdicts -> values with standard errors
     results      samples.jsonl and results.json                 the same for every evaluation

@@ -9,12 +9,12 @@ Knows the task and the job. Does not print.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.output import OutputFile
@@ -23,9 +23,11 @@ from minisgl.batch_run.rows import BadRow, Row
 from minisgl.batch_run.runner import Summary
 from minisgl.batch_run.sources import Source, open_sources, read_records
 from minisgl.errors import MinisglError
+from minisgl.evaluate.asking import CONCURRENCY, AskingRun
 from minisgl.evaluate.grading import grade_all, metric_names
 from minisgl.evaluate.metrics import tally
 from minisgl.evaluate.questions import POOL_ROWS, Questions
+from minisgl.evaluate.remote import RemoteModel, RemoteRun
 from minisgl.evaluate.results import check_folder, save_results, save_samples, timing
 from minisgl.evaluate.scoring import ScoreRun
 from minisgl.evaluate.task import GRADING, Task
@@ -43,7 +45,8 @@ ANSWERS = "answers.jsonl"
 class Evaluation(Job):
     """Opens data and the folder of the results. MinisglError, which says what to do, for whatever is wrong with them.
 
-    `sampling` and `engine` hold what was given of SamplingParams and EngineConfig. Use it as a Job, then call `grade`.
+    `sampling` and `engine` hold what was given of SamplingParams and EngineConfig. url: a server to ask instead, with
+    `concurrency` requests at a time at most. Use it as a Job, then call `grade`.
     """
 
     def __init__(
@@ -55,9 +58,17 @@ class Evaluation(Job):
         model: str | None = None,
         sampling: dict[str, Any] | None = None,
         engine: dict[str, Any] | None = None,
+        url: str | None = None,
+        concurrency: int | None = None,
         **options: Any,
     ):
         self.task, self.folder = task, folder
+        self.remote: RemoteModel | None = None
+        if url is not None:
+            self.remote = RemoteModel(url, model, engine or {}, concurrency or CONCURRENCY)
+            model = self.remote.name
+        elif concurrency is not None:
+            raise MinisglError("--concurrency is for a server: name it with --url, or leave it out")
         self.seed = int((engine or {}).get("seed", 0))
         params = GREEDY | (task.sampling or {}) | (sampling or {})
         if task.n > 1 and not params["temperature"]:
@@ -94,6 +105,8 @@ class Evaluation(Job):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
+        if self.remote:
+            self.remote.close()
         self._remove_empty_folder()
 
     def _remove_empty_folder(self) -> None:
@@ -123,6 +136,11 @@ class Evaluation(Job):
         own = {name: value for name, value in asked if name not in settings and name not in GRADING}
         return {**settings, **own, "examples": self.questions.examples_hash()}
 
+    def model_settings(self) -> dict[str, Any]:
+        if self.remote is None:
+            return super().model_settings()
+        return {"model": self.remote.name, "revision": f"served at {self.remote.client.url}", "dtype": None}
+
     def open(self) -> list[Source]:
         return _open(self.options.inputs, self.options.split, self.target)
 
@@ -130,23 +148,20 @@ class Evaluation(Job):
         for record in read_records(self.sources, limit=self.options.limit):
             yield self.questions.read(record, self.parser)
 
-    def answer(
-        self,
-        llm: "LLM",
-        *,
-        should_stop: Callable[[], bool] = lambda: False,
-        on_progress: Callable[[Summary], None] = lambda summary: None,
-    ) -> Summary:
-        if self.task.mode == "generate":
-            return super().answer(llm, should_stop=should_stop, on_progress=on_progress)
-        run = ScoreRun(
-            llm,
-            self.task,
-            self.output,
-            max_errors=self.options.max_errors,
-            should_stop=should_stop,
-            on_progress=on_progress,
-        )
+    def load(self) -> "LLM":
+        if self.remote is None:
+            return super().load()
+        self.remote.check(self.task.mode)
+        return cast("LLM", self.remote)  # the part of it that `answer` uses
+
+    def answer(self, llm: "LLM", **watching: Any) -> Summary:
+        asked: dict[str, Any] = {"max_errors": self.options.max_errors, **watching}
+        if self.task.mode != "generate":
+            run: AskingRun = ScoreRun(llm, self.task, self.output, **asked)
+        elif self.remote:
+            run = RemoteRun(self.remote, self.output, **asked)
+        else:
+            return super().answer(llm, **watching)
         return run.run(chain([] if self._first is None else [self._first], self._rows))
 
     # -- results --

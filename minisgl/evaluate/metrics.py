@@ -69,6 +69,8 @@ class Tally:
         value = combine(metric, sums, weights)
         if np.isin(sums, (0.0, 1.0)).all() and (weights == 1).all():
             return Value(metric, value, math.sqrt(value * (1 - value) / len(sums)), "binomial", len(sums))
+        if len(sums) == 1:
+            return Value(metric, value, None, "none", 1)  # one row says nothing about the spread of rows
         spread = np.std(bootstrap(len(sums), lambda rows: combine(metric, sums[rows], weights[rows])), ddof=1)
         return Value(metric, value, float(spread), "bootstrap", len(sums))
 

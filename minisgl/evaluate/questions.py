@@ -107,10 +107,11 @@ class Questions:
         row = parser.parse(record)
         if isinstance(row, BadRow):
             return row
+        asked: dict[str, Any] = {"prompt": row.messages if row.prompt is None else row.prompt}
         try:
-            return self._ask(row, columns, learning)
-        except RefusedRow as refused:
-            return BadRow(row.head, row_error(refused.type, str(refused)))
+            return self._ask(row, columns, learning, asked)
+        except RefusedRow as refused:  # what is known of it is shown, and counts in its group
+            return BadRow(replace(row.head, columns=asked), row_error(refused.type, str(refused)))
 
     def _check(self, columns: dict[str, Any]) -> None:
         if self._target is None and self.task.mode != "ppl":
@@ -125,8 +126,8 @@ class Questions:
             if expression and (missing := expression.missing(columns)):
                 raise MinisglError(missing)
 
-    def _ask(self, row: Row, columns: dict[str, Any], learning: bool) -> Row:
-        asked: dict[str, Any] = {}
+    def _ask(self, row: Row, columns: dict[str, Any], learning: bool, asked: dict[str, Any]) -> Row:
+        """The question; `asked` gets what is found out about it, for its head's columns."""
         if self._group:
             asked["group"] = as_text(self._group(columns))
         if self._target:
@@ -138,14 +139,15 @@ class Questions:
             asked["solution"] = self._solve(asked, columns)
         elif self.task.few_shot or self._intro:
             row = self._with_examples(row, asked.get("group", ""), columns)
-        head_columns = {"prompt": row.messages if row.prompt is None else row.prompt, **asked}
-        return replace(row, head=replace(row.head, columns=head_columns))
+            asked["prompt"] = row.messages if row.prompt is None else row.prompt
+        return replace(row, head=replace(row.head, columns=asked))
 
     def _read_options(self, columns: dict[str, Any]) -> list[str | list[str]]:
         assert self._options is not None  # the task's own check
         value = self._options(columns)
         if not isinstance(value, (list, tuple)) or not value:
-            refuse(f"the options are {kind(value)}; they must be a list with at least one answer")
+            what = "an empty list" if value in ([], ()) else kind(value)
+            refuse(f"the options are {what}; they must be a list with at least one answer")
         return [[str(part) for part in one] if isinstance(one, (list, tuple)) else as_text(one) for one in value]
 
     def _solve(self, asked: dict[str, Any], columns: dict[str, Any]) -> str:

@@ -3,27 +3,27 @@
     choice   each option is a continuation of the prompt; the answer is the likeliest one   columns: option_logprobs
     ppl      windows of the text, each token scored once   columns: logprob, num_tokens, num_words, num_bytes
 
-Knows the engine's `score` and its tokenizer. Does not know files or which answer is right. A context is prefilled once
-for all of its options, through the prefix cache.
+Knows the `score` and the tokenizer of an engine, or of a server. Does not know files or which answer is right. An
+engine prefills a context once for all of its options, through the prefix cache.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minisgl.batch_run.answers import Line, format_line
-from minisgl.batch_run.output import Output
-from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
-from minisgl.batch_run.runner import Summary
-from minisgl.errors import MinisglError, RequestError
+from minisgl.batch_run.rows import BadRow, Row, row_error
+from minisgl.errors import RequestError
+from minisgl.evaluate.asking import AskingRun
 from minisgl.evaluate.task import Task
+from minisgl.pairs import Pair
 from minisgl.request import Result, Score, Usage
 
 if TYPE_CHECKING:
-    from minisgl.llm import LLM, Prompt
+    from minisgl.evaluate.remote import RemoteModel
+    from minisgl.llm import LLM
 
 CHUNK_ROWS = {"choice": 256, "ppl": 16}  # scored at once: what a kill loses
 
@@ -33,70 +33,47 @@ class Asked:
     """One row's pairs of prompt and continuation, in the order in which their scores come back."""
 
     row: Row
-    pairs: "list[tuple[Prompt, Prompt]]"
+    pairs: list[Pair]
 
 
-class ScoreRun:
-    """One job of a scoring mode. `summary` is right at any moment."""
+class ScoreRun(AskingRun):
+    """Scores rows a chunk at a time."""
 
-    def __init__(
-        self,
-        llm: "LLM",
-        task: Task,
-        output: Output,
-        *,
-        max_errors: int | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
-        on_progress: Callable[[Summary], None] = lambda summary: None,
-    ):
-        self.llm, self.task, self.output = llm, task, output
-        self.max_errors, self.should_stop, self.on_progress = max_errors, should_stop, on_progress
-        self.summary = Summary()
+    def __init__(self, llm: "LLM | RemoteModel", task: Task, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.llm, self.task = llm, task
 
-    def run(self, rows: Iterable[Row | BadRow]) -> Summary:
-        """Score every row. A row's own fault becomes its error row; any other exception ends the run."""
-        rows = iter(rows)
+    def answer(self, rows: Iterator[Row | BadRow]) -> Iterator[list[Line]]:
         while chunk := list(islice(rows, CHUNK_ROWS[self.task.mode])):
             if self.should_stop():
                 self.summary.stopped = True
-                break
-            lines = list(self._lines(chunk))
-            self.output.append(lines)
-            self.summary.rows += len(lines)
-            self.on_progress(self.summary)
-            if self.max_errors is not None and self.summary.num_errors > self.max_errors:
-                raise MinisglError(
-                    f"{self.summary.num_errors:,} rows failed, more than --max-errors {self.max_errors:,}"
-                )
-        self.summary.ended_s = perf_counter()
-        return self.summary
+                return
+            yield list(self._lines(chunk))
 
     def _lines(self, chunk: list[Row | BadRow]) -> Iterator[Line]:
         asked: list[Asked] = []
         for row in chunk:
             if isinstance(row, BadRow):
-                yield self._fail(row.head, row.error)
+                yield self.fail(row.head, row.error)
                 continue
             try:
                 asked.append(Asked(row, self._pairs(row)))
             except RequestError as refusal:
-                yield self._fail(row.head, row_error(refusal.type, str(refusal)))
+                yield self.fail(row.head, row_error(refusal.type, str(refusal)))
         pairs = [pair for one in asked for pair in one.pairs]
         scores = iter(self.llm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]))
         for one in asked:
             own = list(islice(scores, len(one.pairs)))
             failed = next((score.error for score in own if score.error), None)
             if failed:
-                yield self._fail(one.row.head, row_error(failed.type, str(failed)))
+                yield self.fail(one.row.head, row_error(failed.type, str(failed)))
             else:
                 yield self._line(one.row, own)
 
     def _line(self, row: Row, scores: Sequence[Score]) -> Line:
         tokens = sum(score.num_prompt_tokens for score in scores)
         usage = Usage(tokens, 0, sum(score.cached_tokens for score in scores))
-        self.summary.prompt_tokens += usage.prompt_tokens
-        self.summary.cached_tokens += usage.cached_tokens
-        self.summary.output_tokens += sum(score.num_tokens for score in scores)  # what comes out: their logprobs
+        self.count(usage, sum(score.num_tokens for score in scores))  # what comes out: their logprobs
         columns, text = dict(row.head.columns), ""
         if self.task.mode == "choice":
             columns["option_logprobs"] = [score.logprob for score in scores]
@@ -109,19 +86,14 @@ class ScoreRun:
             columns["num_bytes"] = len(text_scored.encode())
         return format_line(replace(row.head, columns=columns), [Result(text, [], "stop", usage)])
 
-    def _fail(self, head: Head, error: RowError) -> Line:
-        self.summary.errors[error.type] += 1
-        self.summary.first_error = self.summary.first_error or f"{head.place}: {error.message}"
-        return format_line(head, error)
-
     # -- what is scored --
 
-    def _pairs(self, row: Row) -> "list[tuple[Prompt, Prompt]]":
+    def _pairs(self, row: Row) -> list[Pair]:
         if self.task.mode == "ppl":
             return self._windows(row)
         return [self._pair(row, option) for option in row.head.columns["options"]]
 
-    def _pair(self, row: Row, option: str | list[str]) -> "tuple[Prompt, Prompt]":
+    def _pair(self, row: Row, option: str | list[str]) -> Pair:
         context, answer = ("", option) if isinstance(option, str) else option
         if row.prompt is not None:
             return row.prompt + context, self.task.separator + answer
@@ -132,7 +104,7 @@ class ScoreRun:
         prompt, whole = encode([before, before + answer])
         return prompt, whole[len(prompt) :]
 
-    def _windows(self, row: Row) -> "list[tuple[Prompt, Prompt]]":
+    def _windows(self, row: Row) -> list[Pair]:
         if row.prompt is None:
             raise RequestError("perplexity is that of a text: the row has messages or token ids", "invalid_row")
         ids = self.llm.tokenizer.encode_rendered([row.prompt])[0]

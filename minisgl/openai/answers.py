@@ -35,6 +35,12 @@ def usage_object(usages: Sequence[Usage], num_choices: int = 1) -> dict[str, Any
     }
 
 
+def read_usage(value: dict[str, Any]) -> Usage:
+    """The counts in an answer of any server."""
+    cached = (value.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    return Usage(value["prompt_tokens"], value["completion_tokens"], cached)
+
+
 def tool_call_object(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 

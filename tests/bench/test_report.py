@@ -158,3 +158,22 @@ def test_the_floor_of_mini() -> None:
     for model in ("qwen3-0.6b", "qwen3-8b", "qwen3-14b"):
         assert floor_s(config(model), work, 4250, 790) > floor_s(config(model), work, 8500, 1580) > 0
     assert set(FIGURES) == set(WORKLOADS)
+
+
+def test_evaluations_with_and_without_the_cache_and_by_others() -> None:
+    row = {"bench": "eval", "model": "qwen3-0.6b", "rows": 256, "context_words": 1024, "rows_per_s": 128.0}
+    row |= {"seconds_all": [2.0, 4.0, 1.0], **CARD, "date": "2026-01-03"}
+    measured = [
+        {**row, "engine": "minisgl", "options": {"load_format": "dummy"}},
+        {**row, "engine": "minisgl --cache none", "rows_per_s": 20.0, "options": {"cache": "none"}},
+        {**row, "engine": "lm-eval hf", "engine_version": "0.4", "rows_per_s": 10.0},
+        {**row, "engine": "minisgl", "device": "another card", "rows_per_s": 1.0},
+    ]
+    text = Page(Results([CEILINGS, *PEERS, *measured])).text().split("## Evaluation")[1]
+    lines = [line.split(" | ")[2:5] for line in text.splitlines() if line.startswith("| qwen3-0.6b")]
+    assert [line[:2] for line in lines] == [
+        ["minisgl", "128"],
+        ["minisgl --cache none", "20.0"],
+        ["lm-eval hf", "10.0"],
+    ]
+    assert lines[0][2] == "64.0 .. 256"

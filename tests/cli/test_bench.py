@@ -62,6 +62,22 @@ def test_latency(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[2] == ((), {**DEFAULTS, "batch": 8, "input_len": 9, "output_len": 7, "overlap": False})
 
 
+def test_eval(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"engine": name} for name in ("minisgl", "minisgl --cache none", "lm-eval hf")]
+    calls = stand_in(monkeypatch, "evaluate", run=rows, table="rows/s 3", ratio=5.0)
+    lines = invoke("bench", "eval", "--rows", "8", "--baseline", "lm-eval", "--tp", "2").stdout.splitlines()
+    assert lines[2] == "minisgl is 5.00 times as fast as minisgl --cache none"
+    assert lines[4] == "minisgl is 5.00 times as fast as lm-eval hf"
+    flags = {"rows": 8, "context": 1024, "baseline": "lm-eval", "hf_batch": 16, "tp": 2}
+    assert calls[0] == ((), {**DEFAULTS, **flags})
+
+
+def test_perplexity(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "perplexity", run=[{}], table="scored 3 MB")
+    assert invoke("bench", "perplexity", "--layers", "2").stdout == "scored 3 MB\n"
+    assert calls[0] == ((), {"model": "qwen3-0.6b", "tokens": 8192, "layers": 2, "json_path": None})
+
+
 def test_batch_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "batch_run", run=[{}, {}], table="overhead 1%")
     assert invoke("bench", "batch_run", "-m", "demo", "--device", "cpu").stdout == "overhead 1%\noverhead 1%\n"

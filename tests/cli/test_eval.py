@@ -105,6 +105,11 @@ def test_programs_that_nobody_allowed(invoke: Invoke, data: Path) -> None:
         ),
         (["--harness", "arc_easy", "--target", "x"], "leave --target out"),
         (["--harness", "humaneval", "--allow-code"], "leave --allow-code out"),
+        (["--harness", "arc_easy", "--url", "http://127.0.0.1:9"], "--harness needs the model here"),
+        (["demo", "--url", "127.0.0.1:9"], "it must begin with http:// or https://"),
+        (["demo", "--url", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+        (["demo", "--url", "http://127.0.0.1:9", "--dtype", "float16"], "leave --dtype out"),
+        (["demo", "--concurrency", "3"], "--concurrency is for a server"),
         (["compare", "sums.eval", "other.eval"], "does not exist; name the folder of a `minisgl eval`"),
     ],
 )

@@ -93,6 +93,29 @@ def test_a_stopped_evaluation_goes_on(write: Any, tmp_path: Path, mode: str, mon
         assert sample == other
 
 
+def test_two_ranks_score_as_one_does(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the other rank runs references
+    task = Task(mode="choice", prompt_column="q", chat=True, options="[answer, answer + 1]")
+    one, two = (
+        evaluate(task, write(SUMS), tmp_path / f"{tp}", engine={"device": "cpu", "tp": tp, "num_pages": 16})
+        for tp in (1, 2)
+    )
+    assert [metric["value"] for metric in one["metrics"]] == [metric["value"] for metric in two["metrics"]]
+    for sample, other in zip(read_samples(tmp_path / "1"), read_samples(tmp_path / "2"), strict=True):
+        assert sample.pop("logprobs") == pytest.approx(other.pop("logprobs"), abs=1e-4)
+        assert sample == other
+
+
+@pytest.mark.gpu
+def test_the_scores_of_each_skill_are_equal_on_cpu_and_gpu(tmp_path: Path) -> None:
+    on_cpu, on_gpu = (
+        evaluate(load_task("demo"), "demo", tmp_path / device, limit=300, engine={"device": device, "dtype": "float32"})
+        for device in ("cpu", "cuda")
+    )
+    assert [one["n"] for one in on_cpu["metrics"]] == [300, *[30] * 10]  # all skills, and each
+    assert on_gpu["metrics"] == on_cpu["metrics"]
+
+
 def test_many_samples_of_a_row(write: Any, tmp_path: Path) -> None:
     task = Task(prompt_column="q", chat=True, extract="number", match="number", n=3)
     results = evaluate(task, write(SUMS[:2]), tmp_path / "out", sampling={"temperature": 1.5})

@@ -36,6 +36,10 @@ def test_perplexity_weighs_rows_by_their_length() -> None:
     assert value.value == pytest.approx(math.exp(4.0)) and value.stderr is not None and value.stderr > 0
 
 
+def test_one_row_has_no_spread() -> None:
+    assert filled([10.0, 5.0]).value("m_perplexity")[2:] == (None, "none", 1)
+
+
 def test_a_metric_that_no_row_has() -> None:
     assert Tally().value("m") == ("m", None, None, "none", 0)
 

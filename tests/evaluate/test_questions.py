@@ -64,6 +64,12 @@ def test_what_is_wrong_with_one_row_is_its_own_error() -> None:
     assert "not JSON" in errors[0] and "level" in errors[1] and errors[3] == "the target is null"
 
 
+def test_a_row_that_cannot_be_asked_counts_in_its_group() -> None:
+    task = Task(prompt_column="q", group="kind")
+    [_, bad] = read_all(task, [{"q": "a", "kind": "x", "answer": 1}, {"q": "b", "kind": "y", "answer": None}])
+    assert isinstance(bad, BadRow) and bad.head.columns == {"prompt": "b", "group": "y"}
+
+
 @pytest.mark.parametrize(
     ("target", "place"), [(1, 1), ("B", 1), ("yes", 1), ("1", None), ("C", None), (2, None), (-1, None), (True, None)]
 )
