@@ -17,6 +17,7 @@ Examples:
   minisgl bench throughput --workload mini
   minisgl bench latency --batch 8
   minisgl bench kernels rms_norm attention_decode
+  minisgl bench serve --request-rate 8
   minisgl bench batch_run
   minisgl bench report
 """
@@ -26,6 +27,7 @@ Workloads:
   single         1 request, 128 in, 512 out
   prefill        64 requests, 2048 in, 1 out
   shared_prefix  8 groups of 64 requests, 2048 tokens shared and 128 own in, 128 out
+  INxOUT         256 requests, so many tokens in and out: 512x128; of another number: 512x128x1000
   FILE           prompts as `minisgl run` takes them; a row's max_tokens (else 128) is its output
 Tokens are sampled at temperature 0.6 and go on past the end of text, so that every engine does the same work.
 
@@ -54,6 +56,31 @@ The spread is that of the repeats' own p50.
 Examples:
   minisgl bench latency
   minisgl bench latency --batch 32 --input-len 1024 --output-len 256 --json rows.jsonl
+"""
+SERVE_FIGURES = """\b
+Figures, in ms mean, median and p99 over the answered requests (ITL: over all gaps), as the client sees them:
+  TTFT             time to first token = when the first token comes - when the request was sent
+  ITL              inter-token latency = when a token comes - when the one before it came; those of a chunk came evenly
+  TPOT             time per output token = (last token - first token) / (output tokens - 1)
+  E2E              end to end = end of the answer - when the request was sent
+  requests/s       answered requests / seconds from the first request's moment to the last answer's end
+  output tokens/s  output tokens / these seconds; input tokens/s likewise, cached ones too
+  goodput          requests whose every figure (ITL: mean of its gaps) is within the limits / all requests
+  late             when a request was sent - its moment of the Poisson process: more than 1 ms is the client's fault
+  of offline       output tokens/s / those of `bench throughput`: from the prompts to the last result, no HTTP
+"""
+SERVE_EXAMPLES = f"""\b
+Requests come at the moments of a Poisson process, as many a second as --request-rate says, whatever was answered (open
+loop). "inf" sends all at once; with --max-concurrency, another as soon as one ends (closed loop). The prefix cache is
+emptied before each run. Prompts are token ids and answers go on past the end of text, as in `bench throughput`, whose
+help has the workloads.
+
+{SERVE_FIGURES}
+\b
+Examples:
+  minisgl bench serve --request-rate 8,32 --workload 512x128 --goodput ttft:200,itl:20
+  minisgl bench serve --url http://host:30000 --workload mini --max-concurrency 64 --json rows.jsonl --plot load.png
+  minisgl bench serve --workload mini --offline bench/results/throughput.jsonl
 """
 BATCH_RUN_EXAMPLES = """\b
 Figures:
@@ -122,7 +149,7 @@ workload_option = click.option(
     default="mini",
     show_default=True,
     metavar="WORKLOAD",
-    help="mini, single, prefill, shared_prefix or a file of JSON lines.",
+    help="mini, single, prefill, shared_prefix, a shape such as 512x128, or a file of JSON lines.",
 )
 baseline_option = click.option(
     "--baseline",
@@ -204,6 +231,87 @@ def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Ro
         if first:
             click.echo(f"{first['engine']} is {ratio(first, row):.2f} times as fast as {row['engine']}")
         first = first or row
+
+
+class Rates(click.ParamType[list[float]]):
+    """8,32,inf"""
+
+    name = "RATES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        try:
+            rates = [float(rate) for rate in str(value).split(",")]
+        except ValueError:
+            rates = []
+        if not rates or not all(rate > 0 for rate in rates):
+            self.fail(f"is {value!r}; it must be requests per second, such as 8 or 8,32,inf", param, ctx)
+        return rates
+
+
+class Limits(click.ParamType[dict[str, float]]):
+    """ttft:200,itl:20"""
+
+    name = "LIMITS"
+    metrics = ("ttft", "itl", "tpot", "e2e")
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
+        limits: dict[str, float] = {}
+        for part in str(value).split(","):
+            name, _, limit = part.strip().partition(":")
+            try:
+                limits[name] = float(limit)
+            except ValueError:
+                limits[name] = -1
+            if name not in self.metrics or not limits[name] > 0:
+                known = ", ".join(self.metrics)
+                self.fail(
+                    f"has {part!r}; it must be NAME:MS,... with names of {known}, such as ttft:200,itl:20", param, ctx
+                )
+        return limits
+
+
+@bench.command(cls=OneLineErrors, epilog=SERVE_EXAMPLES)
+@click.option(
+    "--url",
+    default="http://127.0.0.1:30000",
+    show_default=True,
+    help="A running server; its keys are in MINISGL_API_KEY and MINISGL_ADMIN_KEY.",
+)
+@workload_option
+@click.option(
+    "--request-rate",
+    "request_rates",
+    type=Rates(),
+    default="inf",
+    show_default=True,
+    metavar="RATES",
+    help="Requests per second; several with commas, each a run.",
+)
+@click.option("--max-concurrency", type=click.IntRange(1), help="Most requests on their way at once. [default: any]")
+@click.option("--goodput", type=Limits(), metavar="LIMITS", help="Most ms of figures, as ttft:200,itl:20.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the Poisson process.")
+@click.option(
+    "--offline",
+    "offline_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Rows of `bench throughput --json FILE`: print the share of their speed that the server reaches.",
+)
+@json_option
+@click.option(
+    "--plot",
+    "plot_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw latency and throughput over the request rate (.png, .svg or .pdf).",
+)
+def serve(**flags: Any) -> None:
+    """Send requests to a running server and print how long they wait."""
+    from minisgl.bench.serve import run, table
+
+    for row in run(**flags):
+        click.echo(table(row))
+    click.echo("\n" + SERVE_FIGURES.removeprefix("\b\n"), nl=False)
 
 
 @bench.command("batch_run", cls=OneLineErrors, epilog=BATCH_RUN_EXAMPLES)

@@ -41,13 +41,14 @@ class EngineFailed(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """What an answer has got. The last piece has finish_reason and usage, and the stop token if one ended it."""
+    """What an answer has got. The last piece has finish_reason, and the stop token if one ended it. `usage` is that of
+    the answer up to here."""
 
     text: str
     token_ids: list[int]
+    usage: Usage
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     stop_token: int | None = None
     embedding: bytes | None = None  # fp32
@@ -96,9 +97,9 @@ class AnswerText:
         return Piece(
             "".join(texts),
             ids[:count],
+            Usage(self._num_prompt, self._num_output, tokens.cached_tokens),
             tokens.logprobs and tokens.logprobs[:count],
             reason,
-            Usage(self._num_prompt, self._num_output, tokens.cached_tokens) if reason else None,
             tokens.prompt_logprobs,
             ids[-1] if tokens.by_token and not stopped else None,
             tokens.embedding,
@@ -246,7 +247,7 @@ class Answering:
                     raise EngineFailed(tokens.error or "the engine failed on this request")
                 piece = text.push(tokens)
                 timer.tick(len(piece.token_ids))
-                if piece.usage:
+                if piece.finish_reason:
                     timer.end(piece.usage)
                 if not question.whole:
                     yield piece

@@ -165,6 +165,7 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
         if ready:
             about |= {"max_context_length": ready.max_len, "max_total_num_tokens": ready.capacity}
             about |= {"page_size": ready.page_size, "dtype": ready.dtype, "vocab_size": ready.vocab_size}
+            about |= {"device": ready.device}
         return json_response(about)
 
     @app.post("/flush_cache")

@@ -49,7 +49,7 @@ class Completions:
                     answer = self.chat_answer(asked, prompt)
                     answer.push(piece.text)
                     answer.finish()
-                    assert piece.finish_reason and piece.usage
+                    assert piece.finish_reason
                     usages[place] = piece.usage
                     choices[place] = {
                         "index": place,
@@ -83,10 +83,11 @@ class Completions:
                         answer = answers[place] = self.chat_answer(asked, prompt)
                         yield chunk(choice(place, {"role": "assistant", "content": ""}))
                     delta, logprobs = answer.push(piece.text), self._chat_logprobs(prompt.params, piece)
-                    if delta or logprobs:
-                        yield chunk(choice(place, delta or {"content": ""}, logprobs))
-                    if piece.finish_reason and piece.usage:
-                        usages[place] = piece.usage
+                    usages[place] = piece.usage
+                    so_far = usage_object([piece.usage]) if asked.usage_in_chunks else None
+                    if delta or logprobs or so_far:
+                        yield chunk(choice(place, delta or {"content": ""}, logprobs), usage=so_far)
+                    if piece.finish_reason:
                         rest = answer.finish()
                         if rest:
                             yield chunk(choice(place, rest))
@@ -148,7 +149,6 @@ class Completions:
             prompts = await self._answering.encode(asked.prompts)
             async with aclosing(self._answering.answers(prompts, params, request_id=request_id, whole=True)) as answers:
                 async for place, piece in answers:
-                    assert piece.usage
                     usages[place] = piece.usage
                     prompt = prompts[place // n]
                     echo = self._echo(prompt, params)
@@ -190,12 +190,12 @@ class Completions:
                     logprobs = None
                     if params.logprobs is not None:
                         logprobs = completion_logprobs(piece.logprobs or (), self._model.spell, offsets[place])
-                    if piece.usage:
-                        usages[place] = piece.usage
-                    if text or logprobs or piece.finish_reason:
+                    usages[place] = piece.usage
+                    so_far = usage_object([piece.usage]) if asked.usage_in_chunks else None
+                    if text or logprobs or so_far or piece.finish_reason:
                         reason, more = piece.finish_reason, self._prompt_logprobs(piece)
                         own = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason, **more}
-                        yield chunk(own)
+                        yield chunk(own, usage=so_far)
                     offsets[place] += len(piece.text)
         if asked.include_usage:
             yield chunk(usage=usage_object(usages, n))

@@ -52,7 +52,7 @@ class Responses:
                         for event in response.begin():
                             yield event
                     deltas = [answer.push(piece.text)]
-                    if piece.finish_reason and piece.usage:
+                    if piece.finish_reason:
                         deltas.append(answer.finish())
                         usage, status = piece.usage, "completed" if piece.finish_reason == "stop" else "incomplete"
                     for delta in deltas:
@@ -72,7 +72,7 @@ async def embed(answering: Answering, model: ServedModel, asked: AskedEmbeddings
         pieces = answering.answers(prompts, params, request_id=request_id, whole=True, pooling=asked.pooling)
         async with aclosing(pieces):
             async for place, piece in pieces:
-                assert piece.embedding is not None and piece.usage
+                assert piece.embedding is not None
                 vectors[place], usages[place] = piece.embedding, piece.usage
     num_tokens = sum(usage.prompt_tokens for usage in usages)
     return embeddings_object(model.name, vectors, num_tokens, as_base64=asked.as_base64)
