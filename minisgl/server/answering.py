@@ -167,10 +167,11 @@ class Answering:
         whole: bool = False,
         grammar_after: int | None = None,
         pooling: Pooling | None = None,
+        patient: bool = False,
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all answers as they come, each with its answer's place: `params.n` answers to a prompt follow
-        one another. `whole`: one piece for each answer. `grammar_after` and `pooling`: see Submit. Ending the iteration
-        early (aclose) ends them all."""
+        one another. `whole`: one piece for each answer. `grammar_after` and `pooling`: see Submit. `patient`: without
+        the deadline. Ending the iteration early (aclose) ends them all."""
         n = params.n or 1
         kept = params.truncate_prompt_tokens
         bans = await self.in_thread(bans_of, self.tokenizer, params) if params.bad_words else []
@@ -185,7 +186,7 @@ class Answering:
             request_id,
             whole,
             arrival,
-            arrival + self._deadline_s if self._deadline_s else None,
+            arrival + self._deadline_s if self._deadline_s and not patient else None,
         )
         streams = []
         for prompt in prompts:

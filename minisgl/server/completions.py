@@ -117,12 +117,12 @@ class Completions:
         return ChatAnswer(reader, begun, separate_reasoning=asked.separate_reasoning)
 
     def answers_to_chat(
-        self, prompt: ChatPrompt, ids: list[int], request_id: str, *, whole: bool
+        self, prompt: ChatPrompt, ids: list[int], request_id: str, *, whole: bool, patient: bool = False
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of the answers to a conversation."""
         grammar_after = self._model.end_of_thinking if prompt.thinks else None
         return self._answering.answers(
-            [ids], prompt.params, request_id=request_id, whole=whole, grammar_after=grammar_after
+            [ids], prompt.params, request_id=request_id, whole=whole, grammar_after=grammar_after, patient=patient
         )
 
     def _chat_logprobs(self, params: SamplingParams, piece: Piece) -> Any:
@@ -151,7 +151,7 @@ class Completions:
                 async for place, piece in answers:
                     usages[place] = piece.usage
                     prompt = prompts[place // n]
-                    echo = self._echo(prompt, params)
+                    echo = self._model.echo(prompt, params)
                     logprobs = None
                     if echoes_logprobs:
                         scored = [*(piece.prompt_logprobs or ()), *(piece.logprobs or ())]
@@ -185,7 +185,7 @@ class Completions:
                 async for place, piece in pieces:
                     text = piece.text
                     if offsets[place] < 0:
-                        echo = self._echo(prompts[place // n], params)
+                        echo = self._model.echo(prompts[place // n], params)
                         text, offsets[place] = echo + text, len(echo)
                     logprobs = None
                     if params.logprobs is not None:
@@ -199,10 +199,6 @@ class Completions:
                     offsets[place] += len(piece.text)
         if asked.include_usage:
             yield chunk(usage=usage_object(usages, n))
-
-    def _echo(self, prompt: list[int], params: SamplingParams) -> str:
-        kept = prompt[-params.truncate_prompt_tokens :] if params.truncate_prompt_tokens else prompt
-        return self._model.tokenizer.decode(kept, params.skip_special_tokens is not False) if params.echo else ""
 
 
 def _now() -> int:
