@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from minisgl.request import CHOICE_STRIDE, FinishReason, Pooling, SamplingParams
 from minisgl.server.engine_client import DeadlinePassed, EngineClient, EngineDied, Generation
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Tokens
+from minisgl.server.traces import RequestSpan, Traces
 from minisgl.tokenizer import Tokenizer
 
 Value = TypeVar("Value")
@@ -68,6 +69,7 @@ class Question:
     whole: bool
     arrival: float
     deadline: float | None
+    span: RequestSpan
 
 
 class AnswerText:
@@ -117,10 +119,12 @@ class Answering:
         *,
         max_queue: int = 1024,
         deadline_s: float | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.traces = traces or Traces("")
         self.draining = False
         self._max_queue = max_queue
         self._deadline_s = deadline_s
@@ -168,39 +172,28 @@ class Answering:
         grammar_after: int | None = None,
         pooling: Pooling | None = None,
         patient: bool = False,
+        operation: str = "text_completion",
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all answers as they come, each with its answer's place: `params.n` answers to a prompt follow
         one another. `whole`: one piece for each answer. `grammar_after` and `pooling`: see Submit. `patient`: without
-        the deadline. Ending the iteration early (aclose) ends them all."""
+        the deadline. `operation`: what its trace calls it. Ending the iteration early (aclose) ends them all."""
         n = params.n or 1
         kept = params.truncate_prompt_tokens
         bans = await self.in_thread(bans_of, self.tokenizer, params) if params.bad_words else []
         arrival = time.monotonic()
-        question = Question(
-            [],
-            params,
-            0,
-            bans,
-            grammar_after,
-            pooling,
-            request_id,
-            whole,
-            arrival,
-            arrival + self._deadline_s if self._deadline_s and not patient else None,
-        )
-        streams = []
-        for prompt in prompts:
-            ids, index = prompt[-kept:] if kept else prompt, next(self._indices)
-            for place in range(n):
-                own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
-                one = replace(question, prompt_ids=ids, params=own, index=own_index)
-                streams.append(self._answer(one))
-        merged = merge(streams)
-        try:
-            async for place, piece in merged:
-                yield place, piece
-        finally:
-            await merged.aclose()
+        deadline = arrival + self._deadline_s if self._deadline_s and not patient else None
+        async with self.traces.request(operation, request_id, params, arrival) as span:
+            question = Question([], params, 0, bans, grammar_after, pooling, request_id, whole, arrival, deadline, span)
+            streams = []
+            for prompt in prompts:
+                ids, index = prompt[-kept:] if kept else prompt, next(self._indices)
+                for place in range(n):
+                    own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
+                    one = replace(question, prompt_ids=ids, params=own, index=own_index)
+                    streams.append(self._answer(one))
+            async with aclosing(merge(streams)) as merged:
+                async for place, piece in merged:
+                    yield place, piece
 
     def abort(self, request_id: str | None = None) -> int:
         """End the answers of a request, or all; they get what they have, with finish_reason "abort". How many."""
@@ -248,8 +241,10 @@ class Answering:
                     raise EngineFailed(tokens.error or "the engine failed on this request")
                 piece = text.push(tokens)
                 timer.tick(len(piece.token_ids))
+                question.span.token()
                 if piece.finish_reason:
                     timer.end(piece.usage)
+                    question.span.answer(question.index % CHOICE_STRIDE, piece.usage, piece.finish_reason)
                 if not question.whole:
                     yield piece
                 else:

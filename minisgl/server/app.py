@@ -35,6 +35,7 @@ from minisgl.server.http import ClientGone, error_response, event_stream, json_r
 from minisgl.server.native import Native, read_generate
 from minisgl.server.responses import Responses, embed
 from minisgl.server.served import ServedModel
+from minisgl.server.traces import TraceParent
 
 PAGE = Path(__file__).parent / "page.html"
 HEALTH_TIMEOUT_S = 30.0
@@ -56,6 +57,7 @@ def create_app(
         yield
         await batches.close()
         await answering.engine.close()
+        await asyncio.to_thread(answering.traces.close)
 
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     for kind in ERRORS:
@@ -68,6 +70,8 @@ def create_app(
         max_file_bytes=config.max_file_mb << 20,
         origins=origins,
     )
+    if answering.traces.on:
+        app.add_middleware(TraceParent)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     _add_openai_routes(app, answering, model, completions)

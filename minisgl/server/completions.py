@@ -122,7 +122,13 @@ class Completions:
         """The pieces of the answers to a conversation."""
         grammar_after = self._model.end_of_thinking if prompt.thinks else None
         return self._answering.answers(
-            [ids], prompt.params, request_id=request_id, whole=whole, grammar_after=grammar_after, patient=patient
+            [ids],
+            prompt.params,
+            request_id=request_id,
+            whole=whole,
+            grammar_after=grammar_after,
+            patient=patient,
+            operation="chat",
         )
 
     def _chat_logprobs(self, params: SamplingParams, piece: Piece) -> Any:

@@ -69,7 +69,9 @@ async def embed(answering: Answering, model: ServedModel, asked: AskedEmbeddings
     params = SamplingParams(max_tokens=1, temperature=0)
     with answering.admitted(len(asked.prompts)):
         prompts = await answering.encode(asked.prompts)
-        pieces = answering.answers(prompts, params, request_id=request_id, whole=True, pooling=asked.pooling)
+        pieces = answering.answers(
+            prompts, params, request_id=request_id, whole=True, pooling=asked.pooling, operation="embeddings"
+        )
         async with aclosing(pieces):
             async for place, piece in pieces:
                 assert piece.embedding is not None

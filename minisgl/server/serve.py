@@ -28,6 +28,7 @@ from minisgl.server.guard import MAX_HEADER_BYTES
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Ready
 from minisgl.server.served import ServedModel
+from minisgl.server.traces import traces_from_environment
 from minisgl.tokenizer import Tokenizer
 from minisgl.weights import resolve_model
 
@@ -91,7 +92,14 @@ async def _serve(
         ready = await starting
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-    answering = Answering(engine, tokenizer, Metrics(name), max_queue=config.max_queue, deadline_s=config.deadline_s)
+    answering = Answering(
+        engine,
+        tokenizer,
+        Metrics(name),
+        max_queue=config.max_queue,
+        deadline_s=config.deadline_s,
+        traces=traces_from_environment(name),
+    )
     server = Server(
         uvicorn.Config(
             create_app(answering, model, config, files, origins),
