@@ -14,12 +14,13 @@ from typing import TypeVar
 
 from minisgl.bad_words import bans_of
 from minisgl.detokenizer import Detokenizer
+from minisgl.errors import RequestError
 from minisgl.request import CHOICE_STRIDE, FinishReason, Pooling, SamplingParams, TokenLogprobs, Usage
 from minisgl.server.engine_client import DeadlinePassed, EngineClient, EngineDied, Generation
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Tokens
 from minisgl.server.traces import RequestSpan, Traces
-from minisgl.tokenizer import Tokenizer
+from minisgl.tokenizer import Tokenizer, check_chars
 
 Value = TypeVar("Value")
 
@@ -156,9 +157,22 @@ class Answering:
         """Run what takes long, such as tokenising, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
+    def check_chars(self, num_chars: int, num_messages: int = 0) -> None:
+        """RequestError when a prompt of so many characters cannot fit: to tokenise it would take long."""
+        if self.engine.ready is None:
+            return
+        max_len = self.engine.ready.max_len
+        check_chars(num_chars, max_len)
+        if num_messages > max_len:  # each takes a token, at least
+            raise RequestError(
+                f"there are {num_messages:,} messages, which the context of {max_len:,} tokens cannot hold",
+                "prompt_too_long",
+            )
+
     async def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """The token ids of prompts. RequestError says what is wrong."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        self.check_chars(max(map(len, texts), default=0))
         encoded = iter(await self.in_thread(self.tokenizer.encode_batch, texts) if texts else [])
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
@@ -237,8 +251,10 @@ class Answering:
         pieces: list[Piece] = []
         try:
             async for tokens in generation:
-                if tokens.error or tokens.finish_reason == "error":
-                    raise EngineFailed(tokens.error or "the engine failed on this request")
+                if tokens.error:
+                    raise RequestError(*tokens.error)
+                if tokens.finish_reason == "error":
+                    raise EngineFailed("the engine failed on this request")
                 piece = text.push(tokens)
                 timer.tick(len(piece.token_ids))
                 question.span.token()

@@ -98,6 +98,7 @@ class Completions:
 
     async def prepare_chat(self, asked: Asked) -> tuple[ChatPrompt, list[int]]:
         """The prompt with the parameters that answer it, and its ids."""
+        self._answering.check_chars(sum(len(message["content"]) for message in asked.messages), len(asked.messages))
         return await self._answering.in_thread(self._prepare_chat, asked)
 
     def _prepare_chat(self, asked: Asked) -> tuple[ChatPrompt, list[int]]:

@@ -97,7 +97,7 @@ class Tokens(msgspec.Struct, array_like=True, frozen=True):
     by_token: bool = False
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    error: str | None = None
+    error: tuple[str, str] | None = None  # of a RequestError: its message and type
     embedding: bytes | None = None  # fp32, of length 1
 
     def then(self, later: "Tokens") -> "Tokens":
