@@ -12,7 +12,7 @@ from minisgl.openai.bodies import Asked
 from minisgl.openai.embeddings import AskedEmbeddings, embeddings_object
 from minisgl.openai.responses import ResponseObject
 from minisgl.request import SamplingParams, Usage
-from minisgl.server.answering import Answering
+from minisgl.server.answering import Answering, Unavailable
 from minisgl.server.completions import Completions
 from minisgl.server.served import ServedModel
 
@@ -74,7 +74,8 @@ async def embed(answering: Answering, model: ServedModel, asked: AskedEmbeddings
         )
         async with aclosing(pieces):
             async for place, piece in pieces:
-                assert piece.embedding is not None
+                if piece.embedding is None:
+                    raise Unavailable("the request was aborted", 1)
                 vectors[place], usages[place] = piece.embedding, piece.usage
     num_tokens = sum(usage.prompt_tokens for usage in usages)
     return embeddings_object(model.name, vectors, num_tokens, as_base64=asked.as_base64)
