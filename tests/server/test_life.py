@@ -148,7 +148,7 @@ def test_too_many_get_429_and_the_deadline_ends_the_rest(serve: Callable[..., Ru
 
 def test_keys_and_sizes(serve: Callable[..., RunningServer]) -> None:
     running = serve(
-        *("--max-body-mb", "1", "--log-format", "json", "--allow-origin", "https://good.example"),
+        *("--max-body-mb", "2", "--max-file-mb", "1", "--log-format", "json", "--allow-origin", "https://good.example"),
         MINISGL_API_KEY="user-key",
         MINISGL_ADMIN_KEY="admin-key",
     )
@@ -163,8 +163,12 @@ def test_keys_and_sizes(serve: Callable[..., RunningServer]) -> None:
         assert client.get("/metrics", headers=admin).status_code == 200
         assert client.get("/stats", auth=("anyone", "admin-key")).status_code == 200
         assert client.post("/flush_cache", headers=user).status_code == 401
-        large = client.post("/v1/completions", headers=user, json={"prompt": "a" * (2 << 20)})
+        large = client.post("/v1/completions", headers=user, json={"prompt": "a" * (3 << 20)})
         assert large.status_code == 413
+        for size, status in ((1 << 20, 200), (2 << 20, 413)):  # under the limit of other bodies
+            file = {"data": {"purpose": "batch"}, "files": {"file": b"a" * size}}
+            assert client.post("/v1/files", headers=user, **file).status_code == status
+        assert client.get("/v1/files").status_code == client.get("/v1/batches").status_code == 401
 
         def chunks() -> Iterator[bytes]:
             for _ in range(40):
