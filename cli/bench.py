@@ -3,14 +3,21 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from minisgl.cli.bench_options import (
+    baseline_option,
+    json_option,
+    model_option,
+    run_options,
+    workload_option,
+)
+from minisgl.cli.bench_serve import serve
 from minisgl.cli.options import OneLineErrors, engine_flag, engine_options
 
 Row = dict[str, Any]
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
@@ -56,31 +63,6 @@ The spread is that of the repeats' own p50.
 Examples:
   minisgl bench latency
   minisgl bench latency --batch 32 --input-len 1024 --output-len 256 --json rows.jsonl
-"""
-SERVE_FIGURES = """\b
-Figures, in ms mean, median and p99 over the answered requests (ITL: over all gaps), as the client sees them:
-  TTFT             time to first token = when the first token comes - when the request was sent
-  ITL              inter-token latency = when a token comes - when the one before it came; those of a chunk came evenly
-  TPOT             time per output token = (last token - first token) / (output tokens - 1)
-  E2E              end to end = end of the answer - when the request was sent
-  requests/s       answered requests / seconds from the first request's moment to the last answer's end
-  output tokens/s  output tokens / these seconds; input tokens/s likewise, cached ones too
-  goodput          requests whose every figure (ITL: mean of its gaps) is within the limits / all requests
-  late             when a request was sent - its moment of the Poisson process: more than 1 ms is the client's fault
-  of offline       output tokens/s / those of `bench throughput`: from the prompts to the last result, no HTTP
-"""
-SERVE_EXAMPLES = f"""\b
-Requests come at the moments of a Poisson process, as many a second as --request-rate says, whatever was answered (open
-loop). "inf" sends all at once; with --max-concurrency, another as soon as one ends (closed loop). The prefix cache is
-emptied before each run. Prompts are token ids and answers go on past the end of text, as in `bench throughput`, whose
-help has the workloads.
-
-{SERVE_FIGURES}
-\b
-Examples:
-  minisgl bench serve --request-rate 8,32 --workload 512x128 --goodput ttft:200,itl:20
-  minisgl bench serve --url http://host:30000 --workload mini --max-concurrency 64 --json rows.jsonl --plot load.png
-  minisgl bench serve --workload mini --offline bench/results/throughput.jsonl
 """
 BATCH_RUN_EXAMPLES = """\b
 Figures:
@@ -136,56 +118,14 @@ Examples:
   minisgl bench report
 """
 
-json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also append the figures to this file, as JSON lines with device, commit, versions and date.",
-)
-
-
-workload_option = click.option(
-    "--workload",
-    default="mini",
-    show_default=True,
-    metavar="WORKLOAD",
-    help="mini, single, prefill, shared_prefix, a shape such as 512x128, or a file of JSON lines.",
-)
-baseline_option = click.option(
-    "--baseline",
-    type=click.Choice(("transformers",)),
-    help="Then the same work through transformers' continuous batching, for a ratio.",
-)
-
-
-model_option = click.option(
-    "-m",
-    "--model",
-    metavar="MODEL",
-    default="qwen3-0.6b",
-    show_default=True,
-    help="Model folder, Hugging Face id, or a shape of bench/models with random weights.",
-)
-
-
-def run_options(command: Command) -> Command:
-    """The flags of every measurement of a whole engine."""
-    for option in (
-        json_option,
-        click.option(
-            "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
-        ),
-        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs."),
-        model_option,
-    ):
-        command = option(command)
-    return command
-
 
 @click.group(epilog=EXAMPLES)
 def bench() -> None:
     """Measure the engine and its kernels on this machine."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `minisgl run` does, and says why
+
+
+bench.add_command(serve)
 
 
 @bench.command(cls=OneLineErrors, epilog=THROUGHPUT_EXAMPLES)
@@ -231,87 +171,6 @@ def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Ro
         if first:
             click.echo(f"{first['engine']} is {ratio(first, row):.2f} times as fast as {row['engine']}")
         first = first or row
-
-
-class Rates(click.ParamType[list[float]]):
-    """8,32,inf"""
-
-    name = "RATES"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        try:
-            rates = [float(rate) for rate in str(value).split(",")]
-        except ValueError:
-            rates = []
-        if not rates or not all(rate > 0 for rate in rates):
-            self.fail(f"is {value!r}; it must be requests per second, such as 8 or 8,32,inf", param, ctx)
-        return rates
-
-
-class Limits(click.ParamType[dict[str, float]]):
-    """ttft:200,itl:20"""
-
-    name = "LIMITS"
-    metrics = ("ttft", "itl", "tpot", "e2e")
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, float]:
-        limits: dict[str, float] = {}
-        for part in str(value).split(","):
-            name, _, limit = part.strip().partition(":")
-            try:
-                limits[name] = float(limit)
-            except ValueError:
-                limits[name] = -1
-            if name not in self.metrics or not limits[name] > 0:
-                known = ", ".join(self.metrics)
-                self.fail(
-                    f"has {part!r}; it must be NAME:MS,... with names of {known}, such as ttft:200,itl:20", param, ctx
-                )
-        return limits
-
-
-@bench.command(cls=OneLineErrors, epilog=SERVE_EXAMPLES)
-@click.option(
-    "--url",
-    default="http://127.0.0.1:30000",
-    show_default=True,
-    help="A running server; its keys are in MINISGL_API_KEY and MINISGL_ADMIN_KEY.",
-)
-@workload_option
-@click.option(
-    "--request-rate",
-    "request_rates",
-    type=Rates(),
-    default="inf",
-    show_default=True,
-    metavar="RATES",
-    help="Requests per second; several with commas, each a run.",
-)
-@click.option("--max-concurrency", type=click.IntRange(1), help="Most requests on their way at once. [default: any]")
-@click.option("--goodput", type=Limits(), metavar="LIMITS", help="Most ms of figures, as ttft:200,itl:20.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the Poisson process.")
-@click.option(
-    "--offline",
-    "offline_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Rows of `bench throughput --json FILE`: print the share of their speed that the server reaches.",
-)
-@json_option
-@click.option(
-    "--plot",
-    "plot_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw latency and throughput over the request rate (.png, .svg or .pdf).",
-)
-def serve(**flags: Any) -> None:
-    """Send requests to a running server and print how long they wait."""
-    from minisgl.bench.serve import run, table
-
-    for row in run(**flags):
-        click.echo(table(row))
-    click.echo("\n" + SERVE_FIGURES.removeprefix("\b\n"), nl=False)
 
 
 @bench.command("batch_run", cls=OneLineErrors, epilog=BATCH_RUN_EXAMPLES)

@@ -75,7 +75,7 @@ def create_app(
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
     _add_openai_routes(app, answering, model, completions)
-    add_file_routes(app, files, batches)
+    add_file_routes(app, files)
     add_batch_routes(app, batches)
     _add_native_routes(app, answering, model)
     _add_watching_routes(app, answering, model)

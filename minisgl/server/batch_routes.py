@@ -15,9 +15,10 @@ from minisgl.batch_run.openai_batch import FORMS
 from minisgl.openai.errors import FieldError
 from minisgl.openai.fields import Fields, quoted
 from minisgl.server import schema
-from minisgl.server.batches import Batch, Batches
-from minisgl.server.files import FileStore, StoredFile
+from minisgl.server.batches import Batches
+from minisgl.server.files import FileStore
 from minisgl.server.http import json_response, read_json
+from minisgl.server.records import Batch, StoredFile
 
 CHUNK_BYTES = 1 << 20
 MAX_LIST = {"files": 10_000, "batches": 100}  # OpenAI's
@@ -26,7 +27,7 @@ EXPIRY_S = (3600, 30 * 24 * 3600)
 FORM_FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 
-def add_file_routes(app: FastAPI, files: FileStore, batches: Batches) -> None:
+def add_file_routes(app: FastAPI, files: FileStore) -> None:
     @app.post("/v1/files", openapi_extra=schema.FILE)
     async def upload(request: Request) -> Response:
         async with request.form(max_files=1, max_fields=len(FORM_FIELDS)) as form:
@@ -53,7 +54,6 @@ def add_file_routes(app: FastAPI, files: FileStore, batches: Batches) -> None:
 
     @app.delete("/v1/files/{file_id}")
     async def delete(file_id: str) -> Response:
-        batches.check_unused(file_id)
         files.delete(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 

@@ -4,6 +4,7 @@ Knows lines through the batch runner's code, so that they mean what they mean to
 are answered or where answers go.
 """
 
+import logging
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from minisgl.server.answering import Answering, EngineFailed, Piece
 from minisgl.server.completions import Completions
 from minisgl.server.engine_client import EngineDied
 from minisgl.server.served import ServedModel
+
+log = logging.getLogger("minisgl.server")
 
 PARSER = RowParser(SamplingParams())
 MAX_LINES = 50_000  # OpenAI's
@@ -100,6 +103,9 @@ class RowAnswers:
                 return row_error(error.type, str(error))
             except EngineFailed as error:
                 return RowError("server_error", str(error))
+            except Exception:
+                log.error("a line of %s failed inside the server", request_id, exc_info=True)
+                return RowError("server_error", "internal error")
             else:
                 if all(result.finish_reason != "abort" for result in results):
                     return results

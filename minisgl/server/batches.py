@@ -19,20 +19,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from minisgl.batch_run.answers import Line, format_line, parse_line
 from minisgl.batch_run.formats import read_lines
 from minisgl.batch_run.journal import Journal
-from minisgl.batch_run.rows import BadRow, Record, Row, RowError
+from minisgl.batch_run.rows import BadRow, Head, Record, Row, RowError
 from minisgl.errors import MinisglError
 from minisgl.openai.errors import FieldError
 from minisgl.openai.responses import usage_of_response
-from minisgl.request import Usage
+from minisgl.request import Result, Usage
 from minisgl.server.answering import Answering
 from minisgl.server.batch_rows import PARSER, RowAnswers, check_lines
 from minisgl.server.engine_client import EngineDied
-from minisgl.server.files import Catalogue, FileStore
+from minisgl.server.files import FileStore
+from minisgl.server.records import Batch, Catalogue
 from minisgl.server.served import ServedModel
 
 log = logging.getLogger("minisgl.server")
@@ -41,40 +40,6 @@ WINDOW_S = 24 * 3600  # OpenAI's only completion_window
 POLL_S = 0.1  # for room that interactive requests leave
 EXPIRED = RowError("batch_expired", "the line was not answered before the completion window ended")
 UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
-
-
-class Counts(msgspec.Struct):
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-
-
-class Batch(msgspec.Struct, kw_only=True):
-    """OpenAI's batch object. Times are in seconds since 1970."""
-
-    id: str
-    object: str = "batch"
-    endpoint: str
-    model: str | None = None
-    errors: dict[str, Any] | None = None
-    input_file_id: str
-    completion_window: str = "24h"
-    status: str = "validating"
-    output_file_id: str | None = None
-    error_file_id: str | None = None
-    created_at: int
-    in_progress_at: int | None = None
-    expires_at: int
-    finalizing_at: int | None = None
-    completed_at: int | None = None
-    failed_at: int | None = None
-    expired_at: int | None = None
-    cancelling_at: int | None = None
-    cancelled_at: int | None = None
-    request_counts: Counts = msgspec.field(default_factory=Counts)
-    usage: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
-    output_expires_after: dict[str, Any] | None = None
 
 
 class Batches:
@@ -97,6 +62,8 @@ class Batches:
         for batch in self._batches.all():
             if batch.status in UNFINISHED:
                 self._begin(batch)
+            else:
+                self._clean_up(batch)
 
     async def close(self) -> None:
         """Stop; what is unfinished goes on when a server is started on the same folder."""
@@ -113,8 +80,7 @@ class Batches:
         output_expires_after: dict[str, Any] | None = None,
     ) -> Batch:
         """A new batch, which begins at once. FieldError when there is no such file."""
-        self._files.get(input_file_id)
-        now = int(time.time())
+        source, now = self._files.path(self._files.get(input_file_id).id), int(time.time())
         batch = Batch(
             id=self._batches.new_id(),
             endpoint=endpoint,
@@ -125,6 +91,7 @@ class Batches:
             metadata=metadata,
             output_expires_after=output_expires_after,
         )
+        self._input(batch).hardlink_to(source)  # whatever becomes of the file
         self._batches.put(batch.id, batch)
         self._begin(batch)
         return batch
@@ -143,14 +110,11 @@ class Batches:
             raise FieldError(f"the batch is {batch.status}: it cannot be cancelled any more", "batch_id")
         if batch.status != "cancelling":
             self._enter(batch, "cancelling")
-            self._lives[id].cancel()
+            if life := self._lives.get(id):
+                life.cancel()
+            else:  # it waited for an engine
+                self._begin(batch)
         return batch
-
-    def check_unused(self, file_id: str) -> None:
-        """FieldError when a batch still needs this file."""
-        for batch in self.all():
-            if batch.input_file_id == file_id and batch.status in UNFINISHED:
-                raise FieldError(f"{batch.id} is answering this file: cancel it first", "file_id")
 
     # -- a batch's life --
 
@@ -181,32 +145,39 @@ class Batches:
             log.error("%s waits for a server whose engine runs", batch.id)
         except (MinisglError, OSError) as error:
             log.error("%s has failed: %s", batch.id, error)
-            batch.errors = {
-                "object": "list",
-                "data": [{"code": "server_error", "message": "the server could not write its files"}],
-            }
             with suppress(MinisglError):
-                self._enter(batch, "failed")
+                self._fail(batch, [{"code": "server_error", "message": "the server could not write its files"}])
+
+    def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+        batch.errors = {"object": "list", "data": errors}
+        self._enter(batch, "failed")
+        self._clean_up(batch)
 
     async def _validate(self, batch: Batch) -> None:
-        path = self._files.path(batch.input_file_id)
-        batch.request_counts.total, errors = await asyncio.to_thread(check_lines, path, batch.endpoint, self._model)
+        work = asyncio.to_thread(check_lines, self._input(batch), batch.endpoint, self._model)
+        batch.request_counts.total, errors = await work
         if errors:
-            batch.errors = {"object": "list", "data": errors}
-        self._enter(batch, "failed" if errors else "in_progress")
+            self._fail(batch, errors)
+        else:
+            self._enter(batch, "in_progress")
 
     async def _answer(self, batch: Batch) -> None:
         """Answer every line that has no answer yet."""
         async with self._turn:
-            journal = Journal(self._journal_path(batch))
+            journal = Journal(self._journal(batch))
             tasks: set[asyncio.Task[None]] = set()
             try:
                 await asyncio.to_thread(journal.load)
                 self._count(batch, journal)
-                with self._files.path(batch.input_file_id).open("rb") as file:
+                with self._input(batch).open("rb") as file:
                     for index, value in read_lines(file):
-                        if not journal.key(index):
-                            row = PARSER.parse(Record(index, f"line {index + 1}", value))
+                        if journal.key(index):
+                            continue
+                        row = PARSER.parse(Record(index, f"line {index + 1}", value))
+                        if isinstance(row, BadRow):
+                            self._write_answer(batch, journal, row.head, row.error)
+                            await asyncio.sleep(0)  # others' turn, however many are bad
+                        else:
                             await self._wait_for_room(row, tasks)
                             tasks.add(self._start_row(batch, row, journal))
                 while tasks:
@@ -217,35 +188,34 @@ class Batches:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 journal.close()
 
-    async def _wait_for_room(self, row: Row | BadRow, tasks: set["asyncio.Task[None]"]) -> None:
+    async def _wait_for_room(self, row: Row, tasks: set["asyncio.Task[None]"]) -> None:
         """Return when the row may run: when no more answers of batches run than half of what the engine runs at once,
         and than interactive requests leave; but one row always may."""
-        num_answers = _num_answers(row)
         while True:
             ready, answering = self._answering.engine.ready, self._answering
             if ready and not answering.draining:
                 room = min(ready.max_running // 2, ready.max_running - answering.num_admitted)
-                if not self._num_running or self._num_running + num_answers <= room:
+                if not self._num_running or self._num_running + row.num_answers <= room:
                     return
             if tasks:
                 await _reap(tasks, POLL_S)
             else:
                 await asyncio.sleep(POLL_S)
 
-    def _start_row(self, batch: Batch, row: Row | BadRow, journal: Journal) -> "asyncio.Task[None]":
-        num_answers = _num_answers(row)
+    def _start_row(self, batch: Batch, row: Row, journal: Journal) -> "asyncio.Task[None]":
+        async def answer() -> None:
+            self._write_answer(batch, journal, row.head, await self._rows.answer(row, batch.id))
 
         def leave(task: object) -> None:
-            self._num_running -= num_answers
+            self._num_running -= row.num_answers
 
-        self._num_running += num_answers
-        task = asyncio.create_task(self._answer_row(batch, row, journal))
+        self._num_running += row.num_answers
+        task = asyncio.create_task(answer())
         task.add_done_callback(leave)
         return task
 
-    async def _answer_row(self, batch: Batch, row: Row | BadRow, journal: Journal) -> None:
-        outcome = row.error if isinstance(row, BadRow) else await self._rows.answer(row, batch.id)
-        journal.append([format_line(row.head, outcome, spell=self._model.spell)])
+    def _write_answer(self, batch: Batch, journal: Journal, head: Head, outcome: list[Result] | RowError) -> None:
+        journal.append([format_line(head, outcome, spell=self._model.spell)])
         self._count(batch, journal)
 
     def _count(self, batch: Batch, journal: Journal) -> None:
@@ -257,7 +227,7 @@ class Batches:
         if batch.status != "finalizing":
             batch.output_file_id, batch.error_file_id = self._files.new_id(), self._files.new_id()
             self._enter(batch, "finalizing")
-        journal = Journal(self._journal_path(batch))
+        journal = Journal(self._journal(batch))
         usage = Usage()
 
         def answered() -> Iterator[bytes]:
@@ -281,7 +251,7 @@ class Batches:
             self._enter(batch, end)
         finally:
             journal.close()
-        self._journal_path(batch).unlink()
+        self._clean_up(batch)
 
     def _write(self, batch: Batch, id: str | None, what: str, lines: Iterator[bytes]) -> str | None:
         """The id of a file of these lines; None when there are none."""
@@ -294,7 +264,7 @@ class Batches:
 
     def _lines(self, batch: Batch, journal: Journal, *, expired: bool = False) -> Iterator[Line]:
         """The answers in the order of the lines; with `expired`, also for lines that have none."""
-        with self._files.path(batch.input_file_id).open("rb") as file:
+        with self._input(batch).open("rb") as file:
             for index, value in read_lines(file):
                 if journal.key(index):
                     line = parse_line(journal.read(index))
@@ -304,8 +274,16 @@ class Batches:
                     row = PARSER.parse(Record(index, f"line {index + 1}", value))
                     yield format_line(row.head, EXPIRED)
 
-    def _journal_path(self, batch: Batch) -> Path:
-        return self._batches.folder / f"{batch.id}.journal.jsonl"
+    def _input(self, batch: Batch) -> Path:
+        return self._batches.folder / f"{batch.id}.input"
+
+    def _journal(self, batch: Batch) -> Path:
+        return self._batches.folder / f"{batch.id}.journal"
+
+    def _clean_up(self, batch: Batch) -> None:
+        """Remove what only a batch that runs needs."""
+        for path in (self._input(batch), self._journal(batch)):
+            path.unlink(missing_ok=True)
 
 
 async def _reap(tasks: set["asyncio.Task[None]"], timeout_s: float | None = None) -> None:
@@ -314,10 +292,6 @@ async def _reap(tasks: set["asyncio.Task[None]"], timeout_s: float | None = None
     tasks -= done
     for task in done:
         task.result()
-
-
-def _num_answers(row: Row | BadRow) -> int:
-    return 0 if isinstance(row, BadRow) else row.n * row.head.num_prompts
 
 
 def _added(usage: Usage, line: Line) -> Usage:

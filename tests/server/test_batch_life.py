@@ -13,8 +13,9 @@ import pytest
 from minisgl.errors import MinisglError, RequestError
 from minisgl.request import Result, Usage
 from minisgl.server import batches as batches_module
-from minisgl.server.batches import Batch, Batches
+from minisgl.server.batches import Batches
 from minisgl.server.files import FileStore, lock_folder
+from minisgl.server.records import Batch
 
 URL = "/v1/completions"
 
