@@ -7,25 +7,23 @@ import asyncio
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minisgl.bench.workloads import TEMPERATURE, Workload
+from minisgl.client import Client, Refused
 from minisgl.errors import MinisglError
 from minisgl.messages import Message
+from minisgl.openai.answers import read_usage
+from minisgl.server.config import ADMIN_KEY_VARIABLE, API_KEY_VARIABLE
 
 try:
     import aiohttp  # its parser is C: httpx's would be the bottleneck at tens of thousands of tokens a second
 except ImportError as error:
     raise MinisglError("bench serve needs aiohttp: pip install 'minisgl[bench]', or pip install aiohttp") from error
 
-KEY_VARIABLE = "MINISGL_API_KEY"
-ADMIN_KEY_VARIABLE = "MINISGL_ADMIN_KEY"
 CONNECT_S = 30.0
-ANSWER_S = 60.0  # of the small questions
 MAX_ERROR_CHARS = 300
 
 
@@ -49,14 +47,16 @@ class Server:
     """
 
     def __init__(self, url: str) -> None:
-        """MinisglError when there is no server at `url`."""
-        if not url.startswith(("http://", "https://")):
-            raise MinisglError(f"--url is {url!r}; it must begin with http:// or https://")
-        self.url = url.rstrip("/").removesuffix("/v1")
-        card = self._ask("/v1/models")["data"][0]
-        self.model: str = card["id"]
+        """MinisglError when there is no server at `url`, or one of several models."""
+        self._client = Client(url)
+        self.url = self._client.url
+        self.model = self._client.model(None)
+        [card] = self._client.ask("/v1/models")["data"]
         self.engine: str = card.get("owned_by", "")
-        self.info: dict[str, Any] = self._ask("/get_model_info", optional=True) or {}
+        try:
+            self.info: dict[str, Any] = self._client.ask("/get_model_info")
+        except Refused:
+            self.info = {}
 
     def encode(self, text: str) -> list[int]:
         return self._tokenize({"prompt": text})
@@ -66,7 +66,12 @@ class Server:
 
     def flush_cache(self) -> bool:
         """Empty the prefix cache; False when the server does not let us."""
-        return self._ask("/flush_cache", {}, optional=True, key=os.environ.get(ADMIN_KEY_VARIABLE)) is not None
+        variable = ADMIN_KEY_VARIABLE if os.environ.get(ADMIN_KEY_VARIABLE) else API_KEY_VARIABLE
+        try:
+            Client(self.url, key_variable=variable).ask("/flush_cache", {})
+        except MinisglError:
+            return False
+        return True
 
     async def run(self, work: Workload, due_s: Sequence[float], max_concurrency: int | None = None) -> list[Timing]:
         """Send each request at its moment, or when fewer than `max_concurrency` are on their way, if that is later."""
@@ -118,36 +123,19 @@ class Server:
 
     def _note(self, event: dict[str, Any], now: float, timing: Timing) -> None:
         """A chunk came."""
-        if (usage := event.get("usage")) is None:
+        if not event.get("usage"):
             raise ValueError("the server does not know stream_options.continuous_usage_stats")
-        timing.prompt_tokens = usage["prompt_tokens"]
-        timing.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        num_new = usage["completion_tokens"] - len(timing.tokens_s)
+        usage = read_usage(event["usage"])
+        timing.prompt_tokens, timing.cached_tokens = usage.prompt_tokens, usage.cached_tokens
+        num_new = usage.completion_tokens - len(timing.tokens_s)
         before = timing.tokens_s[-1] if timing.tokens_s else now
         timing.tokens_s += [before + (now - before) * place / num_new for place in range(1, num_new + 1)]
 
     def _tokenize(self, body: dict[str, Any]) -> list[int]:
-        tokens: list[int] = self._ask("/tokenize", body)["tokens"]
+        tokens: list[int] = self._client.ask("/tokenize", body)["tokens"]
         return tokens
 
-    def _ask(self, path: str, body: Any = None, *, optional: bool = False, key: str | None = None) -> Any:
-        """The value of an answer; None when it is `optional` and refused."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **_headers(key)})
-        try:
-            with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            if optional:
-                return None
-            raise MinisglError(f"{self.url}{path} answers with status {error.code}: {error.reason}") from error
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
-            raise MinisglError(
-                f"{self.url} does not answer ({reason}): start `minisgl serve`, or name another --url"
-            ) from error
 
-
-def _headers(key: str | None = None) -> dict[str, str]:
-    key = key or os.environ.get(KEY_VARIABLE)
+def _headers() -> dict[str, str]:
+    key = os.environ.get(API_KEY_VARIABLE)
     return {"authorization": f"Bearer {key}"} if key else {}
