@@ -4,7 +4,8 @@
     https://platform.openai.com/docs/api-reference/completions/create
 
 Knows OpenAI's keys, and those that other servers add: every field of SamplingParams, chat_template_kwargs,
-continue_final_message, add_generation_prompt, separate_reasoning. Does not know models.
+continue_final_message, add_generation_prompt, separate_reasoning, stream_options.continuous_usage_stats. Does not know
+models.
 """
 
 from collections.abc import Mapping

@@ -21,7 +21,7 @@ from minisgl.server.http import json_response, read_json
 from minisgl.server.records import Batch, StoredFile
 
 CHUNK_BYTES = 1 << 20
-MAX_LIST = {"files": 10_000, "batches": 100}  # OpenAI's
+USUAL_LIST, MAX_LIST = {"files": 10_000, "batches": 20}, {"files": 10_000, "batches": 100}  # OpenAI's
 MAX_METADATA, MAX_KEY_CHARS, MAX_VALUE_CHARS = 16, 64, 512
 EXPIRY_S = (3600, 30 * 24 * 3600)
 FORM_FIELDS = ("file", "purpose", "expires_after[anchor]", "expires_after[seconds]")
@@ -139,7 +139,7 @@ def _page(request: Request, entries: Sequence[StoredFile | Batch], kind: str, *m
     for name in query:
         if name not in ("limit", "after", "order", *more_names):
             raise FieldError(f"{name[:80]} is not supported: leave it out", name[:80])
-    limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+    limit, order, after = query.get("limit", str(USUAL_LIST[kind])), query.get("order", "desc"), query.get("after")
     if not (limit.isdecimal() and len(limit) < 6 and 1 <= int(limit) <= MAX_LIST[kind]):
         raise FieldError(f"limit is {quoted(limit)}; it must be from 1 to {MAX_LIST[kind]:,}", "limit")
     if order not in ("asc", "desc"):
