@@ -17,9 +17,9 @@ import torch
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.journal import Journal
-from minisgl.bench.engines import TEMPERATURE, find_model
+from minisgl.bench.engines import find_model
 from minisgl.bench.harness import environment, write_rows
-from minisgl.bench.workloads import WORKLOADS, Workload, load
+from minisgl.bench.workloads import TEMPERATURE, Workload, load, name_of
 from minisgl.llm import LLM
 from minisgl.models.config import ModelConfig
 from minisgl.request import SamplingParams
@@ -39,7 +39,7 @@ def run(
     """A row for the journal and one for the overhead; arguments and errors as in `throughput.run`."""
     folder, options = find_model(model, options)
     work = load(workload, folder, ModelConfig.from_folder(folder).vocab_size)
-    name = workload if workload in WORKLOADS else Path(workload).name
+    name = name_of(workload)
     if json_path:
         write_rows(json_path, [])  # a path that cannot be written should fail now
     for measure in (journal, lambda: _overhead(model, name, folder, work, repeats, warmups, options)):

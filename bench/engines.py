@@ -13,14 +13,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from minisgl.bench.workloads import Workload
+from minisgl.bench.workloads import TEMPERATURE, Workload
 from minisgl.errors import MinisglError, RequestError
 from minisgl.llm import LLM
 from minisgl.request import Request, SamplingParams
 from minisgl.weights import resolve_model
 
 SHAPES = Path(__file__).parent / "models"  # config.json of published models: their shapes, for random weights
-TEMPERATURE = 0.6
 
 
 class Outcome(NamedTuple):

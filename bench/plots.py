@@ -84,6 +84,24 @@ def shares(comparisons: Sequence[Comparison], peers: Sequence[str], device: str,
     _save(figure, path)
 
 
+def serving(rows: Sequence[Row], path: Path) -> None:
+    """Draw rows of `bench serve`, a point a row: latencies and tokens per second over the requests per second that were
+    answered."""
+    rows = sorted(rows, key=lambda row: float(row["requests_per_s"]))
+    figure, (left, middle, right) = _figure(12, 3.9, [1, 1, 1])
+    x = [row["requests_per_s"] for row in rows]
+    for axis, metric, what in ((left, "ttft_ms", "TTFT"), (middle, "itl_ms", "ITL")):
+        for colour, figure_of in zip(COLOURS, ("p50", "p99"), strict=False):
+            y = [(row[metric] or {}).get(figure_of) for row in rows]
+            axis.plot(x, y, color=colour, marker="o", markersize=4, label="median" if figure_of == "p50" else figure_of)
+        axis.set(title=f"{what}, ms", xlabel="requests/s answered", ylim=(0, None), xlim=(0, None))
+        axis.legend(frameon=False, fontsize=9)
+    right.plot(x, [row["output_tokens_per_s"] for row in rows], color=COLOURS[0], marker="o", markersize=4)
+    right.set(title="output tokens/s", xlabel="requests/s answered", ylim=(0, None), xlim=(0, None))
+    figure.suptitle(f"{rows[0]['model']}, {rows[0]['workload']}, {rows[0]['device']}", fontsize=11)
+    _save(figure, path)
+
+
 def _short(value: float | None) -> str:
     assert value is not None
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"

@@ -52,6 +52,12 @@ Multiple choice by `minisgl bench eval --baseline lm-eval`: four answers of six 
 rows share and a question of 32 tokens. Of minisgl a run goes from the file to durable results; of the `hf` model class
 of lm-evaluation-harness it is the scoring alone.
 """
+SERVING = """
+## Server
+
+`minisgl bench serve`: requests over HTTP at the moments of a Poisson process; milliseconds. "of offline" is the share
+of the output tokens/s of `minisgl bench throughput`.
+"""
 KERNELS = """
 ## Kernels
 
@@ -87,6 +93,7 @@ class Page:
             self._start(),
             self._transformers(),
             self._latency(),
+            self._serving(),
             self._evaluations(),
             self._kernels(),
         )
@@ -156,6 +163,22 @@ class Page:
         if lines:
             yield EVALUATIONS
             yield _table(["model", "rows", "engine", "rows/s", "smallest .. largest", "commit", "date"], lines)
+
+    def _serving(self) -> Iterator[str]:
+        lines = []
+        for row in latest(self.results.ours, "serve", "model", "workload", "request_rate", "max_concurrency").values():
+            rate = "all at once" if row["request_rate"] is None else f"{row['request_rate']:g}"
+            figures = [row[f"{what}_ms"] or {} for what in ("ttft", "itl", "e2e")]
+            cells = [" / ".join(f"{each[q]:.2f}" for q in ("mean", "p50", "p99") if q in each) for each in figures]
+            share = row.get("share_of_offline")
+            speed = [_number(row["output_tokens_per_s"]), f"{share:.1%}" if share else ""]
+            together = str(row["max_concurrency"] or "")
+            lines.append([row["model"], row["workload"], rate, together, *cells, *speed, *_origin(row)])
+        if lines:
+            yield SERVING
+            columns = [f"{what} mean / p50 / p99" for what in ("TTFT", "ITL", "E2E")]
+            head = ["model", "workload", "requests/s", "at most together", *columns, "output tokens/s", "of offline"]
+            yield _table([*head, "commit", "date"], lines)
 
     def _kernels(self) -> Iterator[str]:
         if self.results.kernels:

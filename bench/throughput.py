@@ -11,7 +11,7 @@ from typing import Any
 
 from minisgl.bench.engines import BenchEngine, MinisglEngine, find_model, open_engines
 from minisgl.bench.harness import environment, write_rows
-from minisgl.bench.workloads import WORKLOADS, Workload, load
+from minisgl.bench.workloads import Workload, load, name_of
 from minisgl.models.config import ModelConfig
 
 
@@ -35,7 +35,7 @@ def run(
     """
     folder, options = find_model(model, options)
     work = load(workload, folder, ModelConfig.from_folder(folder).vocab_size)
-    name = workload if workload in WORKLOADS else Path(workload).name
+    name = name_of(workload)
     if json_path:
         write_rows(json_path, [])  # a path that cannot be written should fail now
     if profile_dir:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from minisgl.bench.engines import TEMPERATURE, Outcome
-from minisgl.bench.workloads import Workload
+from minisgl.bench.engines import Outcome
+from minisgl.bench.workloads import TEMPERATURE, Workload
 from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.resolve import resolve_device, resolve_dtype

@@ -4,25 +4,31 @@ mini           256 requests, 100..1024 tokens in and out, uniform
 single         1 request, 128 in, 512 out
 prefill        64 requests, 2048 in, 1 out
 shared_prefix  8 groups of 64 requests: 2048 tokens shared by the group and 128 of their own in, 128 out, shuffled
+INxOUT         256 requests, so many tokens in and out: 512x128; of another number: 512x128x1000
 FILE           a file of JSON lines as `minisgl run` takes it; a row's max_tokens is its output length
 
 Knows nothing of engines: every engine gets the same ids and makes as many tokens, whatever it samples.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from minisgl.batch_run.parser import RowParser
 from minisgl.batch_run.rows import BadRow, Record, Row
 from minisgl.errors import MinisglError
+from minisgl.messages import Message
 from minisgl.request import SamplingParams
 from minisgl.tokenizer import Tokenizer
 
 MAX_ID = 10_000
 FILE_OUTPUT_LEN = 128  # of a file's rows that name no max_tokens
+TEMPERATURE = 0.6
+SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?")
+SHAPE_REQUESTS = 256
 
 
 class Workload(NamedTuple):
@@ -68,7 +74,7 @@ def shared_prefix(seed: int = 0) -> Workload:
 
 
 def uniform(batch: int, input_len: int, output_len: int, seed: int = 0) -> Workload:
-    """Requests of one shape that share nothing: what the latency bench runs."""
+    """Requests of one shape that share nothing."""
     rng = Random(seed)
     return Workload([_ids(rng, input_len) for _ in range(batch)], [output_len] * batch)
 
@@ -81,17 +87,39 @@ WORKLOADS: dict[str, Callable[[int], Workload]] = {
 }
 
 
-def load(name: str, folder: Path, vocab_size: int) -> Workload:
-    """A workload by name, or the rows of a file; ids are folded into the vocabulary of the model in `folder`.
+class Encoder(Protocol):
+    """What a file's text becomes ids by; a Tokenizer is one."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, messages: Sequence[Message]) -> list[int]: ...
+
+
+def name_of(workload: str) -> str:
+    """What rows call a workload: its own name, or the file's."""
+    return Path(workload).name
+
+
+def load(name: str, model: Path | Encoder, vocab_size: int) -> Workload:
+    """A workload by name, by shape, or the rows of a file; ids are folded into the vocabulary of the model, given by
+    its folder or by what encodes for it.
 
     Of a file's rows the prompts and max_tokens count; they are sampled as all workloads are, past the end of text.
     Raises MinisglError for an unknown name, a file without rows, and a row that is not one of `minisgl run`.
     """
     if name in WORKLOADS:
         return fold(WORKLOADS[name](0), vocab_size)
+    if shape := SHAPE.fullmatch(name):
+        input_len, output_len, batch = (int(number or SHAPE_REQUESTS) for number in shape.groups())
+        if not input_len * output_len * batch:
+            raise MinisglError(f"workload is {name!r}; its numbers must be at least 1")
+        return fold(uniform(batch, input_len, output_len), vocab_size)
     if not Path(name).is_file():
-        raise MinisglError(f"workload is {name!r}; it must be one of {', '.join(WORKLOADS)}, or a file of JSON lines")
-    parser, reader = RowParser(SamplingParams(max_tokens=FILE_OUTPUT_LEN)), _PromptReader(folder)
+        raise MinisglError(
+            f"workload is {name!r}; it must be one of {', '.join(WORKLOADS)}, a shape such as 512x128, or a file of "
+            "JSON lines"
+        )
+    parser, reader = RowParser(SamplingParams(max_tokens=FILE_OUTPUT_LEN)), _PromptReader(model)
     prompts, output_lens = [], []
     for index, line in enumerate(Path(name).read_bytes().splitlines()):
         if not line.strip():
@@ -114,19 +142,19 @@ def fold(workload: Workload, vocab_size: int) -> Workload:
 
 
 class _PromptReader:
-    """Rows to token ids; the tokenizer is loaded for the first row that needs it."""
+    """Rows to token ids; a folder's tokenizer is loaded for the first row that needs it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, model: Path | Encoder) -> None:
+        self._model = model
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(self._folder)
+    def _encoder(self) -> Encoder:
+        return Tokenizer(self._model) if isinstance(self._model, Path) else self._model
 
     def ids(self, row: Row) -> list[int]:
         if row.prompt_token_ids is not None:
             return list(row.prompt_token_ids)
         if row.messages is not None:
-            return self._tokenizer.apply_chat_template(row.messages)
+            return self._encoder.apply_chat_template(row.messages)
         assert row.prompt is not None
-        return self._tokenizer.encode(row.prompt)
+        return self._encoder.encode(row.prompt)

@@ -3,20 +3,28 @@
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
+from minisgl.cli.bench_options import (
+    baseline_option,
+    json_option,
+    model_option,
+    run_options,
+    workload_option,
+)
+from minisgl.cli.bench_serve import serve
 from minisgl.cli.options import OneLineErrors, engine_flag, engine_options
 
 Row = dict[str, Any]
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXAMPLES = """\b
 Examples:
   minisgl bench throughput --workload mini
   minisgl bench latency --batch 8
   minisgl bench kernels rms_norm attention_decode
+  minisgl bench serve --request-rate 8
   minisgl bench batch_run
   minisgl bench report
 """
@@ -26,6 +34,7 @@ Workloads:
   single         1 request, 128 in, 512 out
   prefill        64 requests, 2048 in, 1 out
   shared_prefix  8 groups of 64 requests, 2048 tokens shared and 128 own in, 128 out
+  INxOUT         256 requests, so many tokens in and out: 512x128; of another number: 512x128x1000
   FILE           prompts as `minisgl run` takes them; a row's max_tokens (else 128) is its output
 Tokens are sampled at temperature 0.6 and go on past the end of text, so that every engine does the same work.
 
@@ -109,56 +118,14 @@ Examples:
   minisgl bench report
 """
 
-json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also append the figures to this file, as JSON lines with device, commit, versions and date.",
-)
-
-
-workload_option = click.option(
-    "--workload",
-    default="mini",
-    show_default=True,
-    metavar="WORKLOAD",
-    help="mini, single, prefill, shared_prefix or a file of JSON lines.",
-)
-baseline_option = click.option(
-    "--baseline",
-    type=click.Choice(("transformers",)),
-    help="Then the same work through transformers' continuous batching, for a ratio.",
-)
-
-
-model_option = click.option(
-    "-m",
-    "--model",
-    metavar="MODEL",
-    default="qwen3-0.6b",
-    show_default=True,
-    help="Model folder, Hugging Face id, or a shape of bench/models with random weights.",
-)
-
-
-def run_options(command: Command) -> Command:
-    """The flags of every measurement of a whole engine."""
-    for option in (
-        json_option,
-        click.option(
-            "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
-        ),
-        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs."),
-        model_option,
-    ):
-        command = option(command)
-    return command
-
 
 @click.group(epilog=EXAMPLES)
 def bench() -> None:
     """Measure the engine and its kernels on this machine."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `minisgl run` does, and says why
+
+
+bench.add_command(serve)
 
 
 @bench.command(cls=OneLineErrors, epilog=THROUGHPUT_EXAMPLES)

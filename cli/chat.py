@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from minisgl.cli.options import OneLineErrors, engine_options, model_option, sampling_options, url_option
-from minisgl.errors import RequestError
+from minisgl.errors import MinisglError, RequestError
 from minisgl.messages import Message
 from minisgl.openai.answers import read_usage
 from minisgl.request import SamplingParams, Usage
@@ -137,7 +137,7 @@ class Shell:
                     click.echo(piece, nl=False)
         except KeyboardInterrupt:
             click.echo(" [stopped]", nl=False)
-        except RequestError as error:
+        except MinisglError as error:
             click.echo(f"Error: {error}", err=True)
             return
         self.seconds = time.monotonic() - start

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from minisgl.server.protocol import Ready
     from minisgl.server.served import ServedModel
 
-NEEDED = ("fastapi", "uvicorn", "uvloop", "zmq", "msgspec", "prometheus_client")
+NEEDED = ("fastapi", "uvicorn", "uvloop", "zmq", "msgspec", "prometheus_client", "python_multipart")
 
 EXAMPLES = """\b
-Routes: /v1/chat/completions /v1/completions /v1/responses /v1/embeddings /v1/models /generate /tokenize /detokenize
-/health /health_generate /metrics /flush_cache /abort_request /get_model_info, and a page to watch at /.
+Routes: /v1/chat/completions /v1/completions /v1/responses /v1/embeddings /v1/models /v1/files /v1/batches
+/generate /tokenize /detokenize /health /health_generate /metrics /flush_cache /abort_request /get_model_info,
+and a page to watch at /.
 
 SIGTERM or Ctrl-C once lets running requests finish for --drain-s; twice aborts them.
 

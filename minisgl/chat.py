@@ -19,7 +19,7 @@ from minisgl.parsers import (
     forcing_grammar,
     read_tools,
 )
-from minisgl.request import SamplingParams
+from minisgl.request import Result, SamplingParams
 from minisgl.structured import ResponseFormat
 from minisgl.tokenizer import Tokenizer
 
@@ -106,3 +106,14 @@ class ChatFormat:
         wanted = prompt.wanted
         calls = ToolCallParser(wanted.format(self._format), wanted.tools)
         return ChatReader(ReasoningParser(self._style, prompt.text), calls, wanted.parallel)
+
+    def apart(self, answer: Result, prompt: ChatPrompt) -> Result:
+        """An answer to the prompt, with its thinking and tool calls apart from its text."""
+        reader = self.reader(prompt)
+        begun, rest = reader.push(answer.text), reader.finish()
+        return replace(
+            answer,
+            text=begun.content + rest.content,
+            reasoning=begun.reasoning + rest.reasoning,
+            tool_calls=begun.tool_calls + rest.tool_calls,
+        )

@@ -40,13 +40,16 @@ class Client:
 
     retries: how often a request is sent again where the server is busy or the connection breaks: at once, after about
     one second, two, four and so on, or when its Retry-After says. Raises MinisglError for a server that cannot be
-    reached, and Refused for what it refuses.
+    reached, and Refused for what it refuses. key_variable: where in the environment its key is.
     """
 
-    def __init__(self, url: str, *, concurrency: int = 1, retries: int = 0) -> None:
+    def __init__(
+        self, url: str, *, concurrency: int = 1, retries: int = 0, key_variable: str = API_KEY_VARIABLE
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise MinisglError(f"--url is {url!r}; it must begin with http:// or https://")
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._key_variable = key_variable
         parts = urlsplit(self.url)
         proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
         settings: dict[str, Any] = {"maxsize": concurrency, "timeout": Timeout(connect=CONNECT_S, read=READ_S)}
@@ -104,7 +107,7 @@ class Client:
 
     def _send(self, path: str, body: Any, *, retries: bool = True, streamed: bool = False) -> BaseHTTPResponse:
         """The answer; what is not streamed is read, with a retry where the connection breaks meanwhile."""
-        key = os.environ.get(API_KEY_VARIABLE)
+        key = os.environ.get(self._key_variable)
         try:
             response = self._pool.request(
                 "GET" if body is None else "POST",
@@ -123,7 +126,7 @@ class Client:
 
     def _refusal(self, response: BaseHTTPResponse) -> MinisglError:
         if response.status == 401:
-            return MinisglError(f"{self.url} refuses the key: put the right one into {API_KEY_VARIABLE}")
+            return MinisglError(f"{self.url} refuses the key: put the right one into {self._key_variable}")
         text = response.data.decode(errors="replace")
         try:
             return Refused(str(json.loads(text)["error"]["message"]), response.status)

@@ -392,14 +392,7 @@ class LLM:
 
     def read_answer(self, answer: Result, chat: ChatPrompt) -> Result:
         """An answer to a conversation, with its thinking and tool calls apart."""
-        reader = self.chat_format.reader(chat)
-        begun, rest = reader.push(answer.text), reader.finish()
-        return replace(
-            answer,
-            text=begun.content + rest.content,
-            reasoning=begun.reasoning + rest.reasoning,
-            tool_calls=begun.tool_calls + rest.tool_calls,
-        )
+        return self.chat_format.apart(answer, chat)
 
     def new_requests(
         self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int, thinks: bool = False

@@ -16,6 +16,20 @@ from minisgl.messages import Message, Messages, normalize_messages, with_text_ar
 Tools = Sequence[Mapping[str, Any]]  # [{"type": "function", "function": {"name", "description", "parameters"}}, ...]
 
 
+# Tokens of common vocabularies are shorter (Qwen's longest is 128 spaces). Tokenizing megabytes takes seconds, so a
+# text that cannot fit the context is refused before.
+MAX_CHARS_PER_TOKEN = 256
+
+
+def check_chars(num_chars: int, max_len: int) -> None:
+    """RequestError when no tokenizer can make a prompt of so many characters fit a context of `max_len` tokens."""
+    if num_chars > MAX_CHARS_PER_TOKEN * max_len:
+        raise RequestError(
+            f"the prompt has {num_chars:,} characters, which the context of {max_len:,} tokens cannot hold: shorten it",
+            "prompt_too_long",
+        )
+
+
 class Tokenizer:
     """The tokenizer of a model folder. Loading imports transformers, which takes a few seconds.
 

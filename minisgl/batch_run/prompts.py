@@ -12,15 +12,13 @@ from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
 from minisgl.chat import ChatPrompt
 from minisgl.errors import MinisglError, RequestError
 from minisgl.request import CHOICE_STRIDE, Request
+from minisgl.tokenizer import check_chars
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM
 
 OnLong = Literal["error", "truncate-left", "truncate-right"]
 
-# Tokens of common vocabularies are shorter (Qwen's longest is 128 spaces). Tokenizing megabytes takes seconds, so a
-# text that cannot fit the context is refused before.
-MAX_CHARS_PER_TOKEN = 256
 MAX_CUTS = 8  # of a conversation that is too long; each leaves less than it must, so the second mostly fits
 
 
@@ -141,12 +139,8 @@ class PromptMaker:
             _ = self.llm.tokenizer
         except MinisglError as error:
             raise RequestError(str(error), "no_tokenizer") from error
-        if max(texts, default=0) > MAX_CHARS_PER_TOKEN * self._max_len and self.on_long == "error":
-            raise RequestError(
-                f"the prompt has {max(texts):,} characters, which the context of {self._max_len:,} tokens cannot hold: "
-                "shorten it",
-                "prompt_too_long",
-            )
+        if self.on_long == "error":
+            check_chars(max(texts, default=0), self._max_len)
 
     # -- prompts that are too long --
 

@@ -109,6 +109,10 @@ class Row:
         first = self.prompt if self.prompt is not None else self.prompt_token_ids
         return [] if first is None else [first, *self.more_prompts]
 
+    @property
+    def num_answers(self) -> int:
+        return self.n * self.head.num_prompts
+
 
 @dataclass(frozen=True, slots=True)
 class BadRow:

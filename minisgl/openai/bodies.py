@@ -4,7 +4,8 @@
     https://platform.openai.com/docs/api-reference/completions/create
 
 Knows OpenAI's keys, and those that other servers add: every field of SamplingParams, chat_template_kwargs,
-continue_final_message, add_generation_prompt, separate_reasoning. Does not know models.
+continue_final_message, add_generation_prompt, separate_reasoning, stream_options.continuous_usage_stats. Does not know
+models.
 """
 
 from collections.abc import Mapping
@@ -49,12 +50,13 @@ class Asked:
     separate_reasoning: bool = True  # thinking comes as reasoning_content, and not within the content
     stream: bool = False
     include_usage: bool = False  # a last chunk of the stream has it
+    usage_in_chunks: bool = False  # every chunk has that of its answer so far, and every token is in a chunk at once
 
 
 def read_chat(body: Any, defaults: SamplingParams = NO_PARAMS) -> Asked:
     """A body of /v1/chat/completions. RequestError, or FieldError with the key, for what cannot be asked."""
     fields = Fields(body)
-    model, stream, include_usage = _read_head(fields)
+    head = _read_head(fields)
     params = fields.take_params(CHAT_PARAMS, defaults)
     if fields.take("logprobs", bool, False):
         params = replace(params, logprobs=0)
@@ -71,13 +73,11 @@ def read_chat(body: Any, defaults: SamplingParams = NO_PARAMS) -> Asked:
     except RequestError as error:
         raise FieldError(str(error), "messages", error.type) from None
     asked = Asked(
-        model,
-        params,
+        params=params,
         messages=tuple(messages),
         chat_options={**_read_tools(fields), "template_kwargs": _read_template_kwargs(fields)},
         separate_reasoning=fields.take("separate_reasoning", bool, True),
-        stream=stream,
-        include_usage=include_usage,
+        **head,
     )
     fields.end(LABELS, NEUTRAL)
     return asked
@@ -86,11 +86,11 @@ def read_chat(body: Any, defaults: SamplingParams = NO_PARAMS) -> Asked:
 def read_completion(body: Any, defaults: SamplingParams = NO_PARAMS) -> Asked:
     """A body of /v1/completions, as above."""
     fields = Fields(body)
-    model, stream, include_usage = _read_head(fields)
+    head = _read_head(fields)
     params = fields.take_params(COMPLETION_PARAMS, defaults)
     prompts = read_prompts(fields, "prompt")
     fields.end(LABELS, NEUTRAL)
-    return Asked(model, params, prompts=prompts, stream=stream, include_usage=include_usage)
+    return Asked(params=params, prompts=prompts, **head)
 
 
 def read_prompts(fields: Fields, name: str) -> tuple[str | list[int], ...]:
@@ -109,18 +109,19 @@ def read_prompts(fields: Fields, name: str) -> tuple[str | list[int], ...]:
     return tuple(prompts)
 
 
-def _read_head(fields: Fields) -> tuple[str, bool, bool]:
-    """Model, stream, and whether the stream ends with usage."""
-    model, stream = fields.take("model", str, ""), fields.take("stream", bool, False)
+def _read_head(fields: Fields) -> dict[str, Any]:
+    """Model, stream, and where the stream has usage, as fields of Asked."""
+    head = {"model": fields.take("model", str, ""), "stream": fields.take("stream", bool, False)}
     options = fields.take_any("stream_options")
     if options is None:
-        return model, stream, False
-    if not stream:
+        return head
+    if not head["stream"]:
         fields.refuse("stream_options", "needs stream: true")
     own = Fields(options, "stream_options.")
-    include_usage = own.take("include_usage", bool, False)
+    head["include_usage"] = own.take("include_usage", bool, False)
+    head["usage_in_chunks"] = own.take("continuous_usage_stats", bool, False)  # vLLM's name
     own.end(neutral={"include_obfuscation": (False, True)})  # padding against eavesdroppers who count bytes
-    return model, stream, include_usage
+    return head
 
 
 def _read_tools(fields: Fields) -> dict[str, Any]:

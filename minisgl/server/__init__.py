@@ -5,8 +5,10 @@
     engine_process  EngineCore in a loop
     engine_client   the engine as the API process sees it: start, generate, abort, restart
     answering       prompts -> token ids -> engine -> pieces of text
-    chat, native    what the routes do: OpenAI's forms, SGLang's
-    app             the routes; guard: keys, limits, request ids; metrics; page.html
+    completions, responses, native   what the routes do: OpenAI's forms, SGLang's
+    files, batches  what is kept in a folder (records), and its life; batch_rows: the answer to a line; batch_routes
+    app             the other routes; guard: keys, limits, request ids
+    metrics, traces figures for Prometheus and page.html; spans for OpenTelemetry
     serve           start, signals, drain
 
 Nothing here unpickles: messages are msgpack (a test looks for it).

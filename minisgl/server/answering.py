@@ -8,17 +8,19 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from minisgl.bad_words import bans_of
 from minisgl.detokenizer import Detokenizer
+from minisgl.errors import RequestError
 from minisgl.request import CHOICE_STRIDE, FinishReason, Pooling, SamplingParams, TokenLogprobs, Usage
 from minisgl.server.engine_client import DeadlinePassed, EngineClient, EngineDied, Generation
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Tokens
-from minisgl.tokenizer import Tokenizer
+from minisgl.server.traces import RequestSpan, Traces
+from minisgl.tokenizer import Tokenizer, check_chars
 
 Value = TypeVar("Value")
 
@@ -41,13 +43,14 @@ class EngineFailed(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """What an answer has got. The last piece has finish_reason and usage, and the stop token if one ended it."""
+    """What an answer has got. The last piece has finish_reason, and the stop token if one ended it. `usage` is that of
+    the answer up to here."""
 
     text: str
     token_ids: list[int]
+    usage: Usage
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
-    usage: Usage | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     stop_token: int | None = None
     embedding: bytes | None = None  # fp32
@@ -67,6 +70,7 @@ class Question:
     whole: bool
     arrival: float
     deadline: float | None
+    span: RequestSpan
 
 
 class AnswerText:
@@ -96,9 +100,9 @@ class AnswerText:
         return Piece(
             "".join(texts),
             ids[:count],
+            Usage(self._num_prompt, self._num_output, tokens.cached_tokens),
             tokens.logprobs and tokens.logprobs[:count],
             reason,
-            Usage(self._num_prompt, self._num_output, tokens.cached_tokens) if reason else None,
             tokens.prompt_logprobs,
             ids[-1] if tokens.by_token and not stopped else None,
             tokens.embedding,
@@ -116,10 +120,12 @@ class Answering:
         *,
         max_queue: int = 1024,
         deadline_s: float | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.metrics = metrics
+        self.traces = traces or Traces("")
         self.draining = False
         self._max_queue = max_queue
         self._deadline_s = deadline_s
@@ -151,9 +157,22 @@ class Answering:
         """Run what takes long, such as tokenising, beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
+    def check_chars(self, num_chars: int, num_messages: int = 0) -> None:
+        """RequestError when a prompt of so many characters cannot fit: to tokenise it would take long."""
+        if self.engine.ready is None:
+            return
+        max_len = self.engine.ready.max_len
+        check_chars(num_chars, max_len)
+        if num_messages > max_len:  # each takes a token, at least
+            raise RequestError(
+                f"there are {num_messages:,} messages, which the context of {max_len:,} tokens cannot hold",
+                "prompt_too_long",
+            )
+
     async def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         """The token ids of prompts. RequestError says what is wrong."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        self.check_chars(max(map(len, texts), default=0))
         encoded = iter(await self.in_thread(self.tokenizer.encode_batch, texts) if texts else [])
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
@@ -166,39 +185,29 @@ class Answering:
         whole: bool = False,
         grammar_after: int | None = None,
         pooling: Pooling | None = None,
+        patient: bool = False,
+        operation: str = "text_completion",
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all answers as they come, each with its answer's place: `params.n` answers to a prompt follow
-        one another. `whole`: one piece for each answer. `grammar_after` and `pooling`: see Submit. Ending the iteration
-        early (aclose) ends them all."""
+        one another. `whole`: one piece for each answer. `grammar_after` and `pooling`: see Submit. `patient`: without
+        the deadline. `operation`: what its trace calls it. Ending the iteration early (aclose) ends them all."""
         n = params.n or 1
         kept = params.truncate_prompt_tokens
         bans = await self.in_thread(bans_of, self.tokenizer, params) if params.bad_words else []
         arrival = time.monotonic()
-        question = Question(
-            [],
-            params,
-            0,
-            bans,
-            grammar_after,
-            pooling,
-            request_id,
-            whole,
-            arrival,
-            arrival + self._deadline_s if self._deadline_s else None,
-        )
-        streams = []
-        for prompt in prompts:
-            ids, index = prompt[-kept:] if kept else prompt, next(self._indices)
-            for place in range(n):
-                own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
-                one = replace(question, prompt_ids=ids, params=own, index=own_index)
-                streams.append(self._answer(one))
-        merged = merge(streams)
-        try:
-            async for place, piece in merged:
-                yield place, piece
-        finally:
-            await merged.aclose()
+        deadline = arrival + self._deadline_s if self._deadline_s and not patient else None
+        async with self.traces.request(operation, request_id, params, arrival) as span:
+            question = Question([], params, 0, bans, grammar_after, pooling, request_id, whole, arrival, deadline, span)
+            streams = []
+            for prompt in prompts:
+                ids, index = prompt[-kept:] if kept else prompt, next(self._indices)
+                for place in range(n):
+                    own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
+                    one = replace(question, prompt_ids=ids, params=own, index=own_index)
+                    streams.append(self._answer(one))
+            async with aclosing(merge(streams)) as merged:
+                async for place, piece in merged:
+                    yield place, piece
 
     def abort(self, request_id: str | None = None) -> int:
         """End the answers of a request, or all; they get what they have, with finish_reason "abort". How many."""
@@ -242,12 +251,16 @@ class Answering:
         pieces: list[Piece] = []
         try:
             async for tokens in generation:
-                if tokens.error or tokens.finish_reason == "error":
-                    raise EngineFailed(tokens.error or "the engine failed on this request")
+                if tokens.error:
+                    raise RequestError(*tokens.error)
+                if tokens.finish_reason == "error":
+                    raise EngineFailed("the engine failed on this request")
                 piece = text.push(tokens)
                 timer.tick(len(piece.token_ids))
-                if piece.usage:
+                question.span.token()
+                if piece.finish_reason:
                     timer.end(piece.usage)
+                    question.span.answer(question.index % CHOICE_STRIDE, piece.usage, piece.finish_reason)
                 if not question.whole:
                     yield piece
                 else:

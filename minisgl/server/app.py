@@ -23,14 +23,19 @@ from minisgl.openai.responses import read_response
 from minisgl.request import SamplingParams
 from minisgl.server import schema
 from minisgl.server.answering import Answering, EngineFailed, Unavailable
+from minisgl.server.batch_routes import add_batch_routes, add_file_routes
+from minisgl.server.batch_rows import RowAnswers
+from minisgl.server.batches import Batches
 from minisgl.server.completions import Completions
 from minisgl.server.config import ServerConfig
 from minisgl.server.engine_client import DeadlinePassed, EngineDied
+from minisgl.server.files import FileStore
 from minisgl.server.guard import Guard
 from minisgl.server.http import ClientGone, error_response, event_stream, json_response, read_json, while_connected
 from minisgl.server.native import Native, read_generate
 from minisgl.server.responses import Responses, embed
 from minisgl.server.served import ServedModel
+from minisgl.server.traces import TraceParent
 
 PAGE = Path(__file__).parent / "page.html"
 HEALTH_TIMEOUT_S = 30.0
@@ -39,14 +44,20 @@ ERRORS = (RequestError, HTTPException, Unavailable, ClientGone, DeadlinePassed, 
 
 
 def create_app(
-    answering: Answering, model: ServedModel, config: ServerConfig, origins: Collection[str] = ()
+    answering: Answering, model: ServedModel, config: ServerConfig, folder: Path, origins: Collection[str] = ()
 ) -> FastAPI:
-    """The ASGI application. `origins`: whose pages may ask it."""
+    """The ASGI application. `folder`: of files and batches. `origins`: whose pages may ask it."""
+    completions = Completions(answering, model)
+    files = FileStore(folder / "files", config.max_files_mb << 20)
+    batches = Batches(folder / "batches", files, RowAnswers(answering, model, completions), answering, model)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        batches.start()
         yield
+        await batches.close()
         await answering.engine.close()
+        await asyncio.to_thread(answering.traces.close)
 
     app = FastAPI(title="minisgl", version=minisgl.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     for kind in ERRORS:
@@ -56,18 +67,22 @@ def create_app(
         api_key=config.api_key,
         admin_key=config.admin_key,
         max_body_bytes=config.max_body_mb << 20,
+        max_file_bytes=config.max_file_mb << 20,
         origins=origins,
     )
+    if answering.traces.on:
+        app.add_middleware(TraceParent)
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])
-    _add_openai_routes(app, answering, model)
+    _add_openai_routes(app, answering, model, completions)
+    add_file_routes(app, files)
+    add_batch_routes(app, batches)
     _add_native_routes(app, answering, model)
     _add_watching_routes(app, answering, model)
     return app
 
 
-def _add_openai_routes(app: FastAPI, answering: Answering, model: ServedModel) -> None:
-    completions = Completions(answering, model)
+def _add_openai_routes(app: FastAPI, answering: Answering, model: ServedModel, completions: Completions) -> None:
     responses = Responses(answering, model, completions)
 
     async def answer(request: Request, read: Callable[[Any], Asked], whole: Any, chunks: Any) -> Response:
@@ -165,6 +180,7 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
         if ready:
             about |= {"max_context_length": ready.max_len, "max_total_num_tokens": ready.capacity}
             about |= {"page_size": ready.page_size, "dtype": ready.dtype, "vocab_size": ready.vocab_size}
+            about |= {"device": ready.device}
         return json_response(about)
 
     @app.post("/flush_cache")

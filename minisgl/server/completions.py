@@ -49,7 +49,7 @@ class Completions:
                     answer = self.chat_answer(asked, prompt)
                     answer.push(piece.text)
                     answer.finish()
-                    assert piece.finish_reason and piece.usage
+                    assert piece.finish_reason
                     usages[place] = piece.usage
                     choices[place] = {
                         "index": place,
@@ -83,10 +83,11 @@ class Completions:
                         answer = answers[place] = self.chat_answer(asked, prompt)
                         yield chunk(choice(place, {"role": "assistant", "content": ""}))
                     delta, logprobs = answer.push(piece.text), self._chat_logprobs(prompt.params, piece)
-                    if delta or logprobs:
-                        yield chunk(choice(place, delta or {"content": ""}, logprobs))
-                    if piece.finish_reason and piece.usage:
-                        usages[place] = piece.usage
+                    usages[place] = piece.usage
+                    so_far = usage_object([piece.usage]) if asked.usage_in_chunks else None
+                    if delta or logprobs or so_far:
+                        yield chunk(choice(place, delta or {"content": ""}, logprobs), usage=so_far)
+                    if piece.finish_reason:
                         rest = answer.finish()
                         if rest:
                             yield chunk(choice(place, rest))
@@ -97,6 +98,7 @@ class Completions:
 
     async def prepare_chat(self, asked: Asked) -> tuple[ChatPrompt, list[int]]:
         """The prompt with the parameters that answer it, and its ids."""
+        self._answering.check_chars(sum(len(message["content"]) for message in asked.messages), len(asked.messages))
         return await self._answering.in_thread(self._prepare_chat, asked)
 
     def _prepare_chat(self, asked: Asked) -> tuple[ChatPrompt, list[int]]:
@@ -116,12 +118,18 @@ class Completions:
         return ChatAnswer(reader, begun, separate_reasoning=asked.separate_reasoning)
 
     def answers_to_chat(
-        self, prompt: ChatPrompt, ids: list[int], request_id: str, *, whole: bool
+        self, prompt: ChatPrompt, ids: list[int], request_id: str, *, whole: bool, patient: bool = False
     ) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of the answers to a conversation."""
         grammar_after = self._model.end_of_thinking if prompt.thinks else None
         return self._answering.answers(
-            [ids], prompt.params, request_id=request_id, whole=whole, grammar_after=grammar_after
+            [ids],
+            prompt.params,
+            request_id=request_id,
+            whole=whole,
+            grammar_after=grammar_after,
+            patient=patient,
+            operation="chat",
         )
 
     def _chat_logprobs(self, params: SamplingParams, piece: Piece) -> Any:
@@ -148,10 +156,9 @@ class Completions:
             prompts = await self._answering.encode(asked.prompts)
             async with aclosing(self._answering.answers(prompts, params, request_id=request_id, whole=True)) as answers:
                 async for place, piece in answers:
-                    assert piece.usage
                     usages[place] = piece.usage
                     prompt = prompts[place // n]
-                    echo = self._echo(prompt, params)
+                    echo = self._model.echo(prompt, params)
                     logprobs = None
                     if echoes_logprobs:
                         scored = [*(piece.prompt_logprobs or ()), *(piece.logprobs or ())]
@@ -185,24 +192,20 @@ class Completions:
                 async for place, piece in pieces:
                     text = piece.text
                     if offsets[place] < 0:
-                        echo = self._echo(prompts[place // n], params)
+                        echo = self._model.echo(prompts[place // n], params)
                         text, offsets[place] = echo + text, len(echo)
                     logprobs = None
                     if params.logprobs is not None:
                         logprobs = completion_logprobs(piece.logprobs or (), self._model.spell, offsets[place])
-                    if piece.usage:
-                        usages[place] = piece.usage
-                    if text or logprobs or piece.finish_reason:
+                    usages[place] = piece.usage
+                    so_far = usage_object([piece.usage]) if asked.usage_in_chunks else None
+                    if text or logprobs or so_far or piece.finish_reason:
                         reason, more = piece.finish_reason, self._prompt_logprobs(piece)
                         own = {"index": place, "text": text, "logprobs": logprobs, "finish_reason": reason, **more}
-                        yield chunk(own)
+                        yield chunk(own, usage=so_far)
                     offsets[place] += len(piece.text)
         if asked.include_usage:
             yield chunk(usage=usage_object(usages, n))
-
-    def _echo(self, prompt: list[int], params: SamplingParams) -> str:
-        kept = prompt[-params.truncate_prompt_tokens :] if params.truncate_prompt_tokens else prompt
-        return self._model.tokenizer.decode(kept, params.skip_special_tokens is not False) if params.echo else ""
 
 
 def _now() -> int:

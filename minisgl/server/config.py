@@ -36,7 +36,12 @@ class ServerConfig:
     restart: str = option(
         "always", "What follows when the engine process dies: always starts it again.", choices=("always", "never")
     )
-    max_body_mb: int = option(16, "Largest body of a request, in MiB.", low=1, high=1024)
+    files_dir: str | None = option(
+        None, "Folder for /v1/files and /v1/batches, which go on after a restart. [default: a temporary one]"
+    )
+    max_file_mb: int = option(200, "Largest file that is uploaded, in MiB.", low=1, high=1 << 14)
+    max_files_mb: int = option(8192, "Most that uploaded files may take together, in MiB.", low=1, high=1 << 24)
+    max_body_mb: int = option(16, "Largest body of any other request, in MiB.", low=1, high=1024)
     log_format: str = option("text", "Log lines as text or as JSON objects.", choices=("text", "json"))
 
     def __post_init__(self) -> None:

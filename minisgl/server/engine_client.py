@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,11 +46,15 @@ class DeadlinePassed(Exception):
 
 class Generation:
     """A request in the engine: iterate over it for its tokens; the last have a finish_reason. Raises RequestError when
-    the engine refuses it, and EngineDied. `abort` it in the end, however it ends."""
+    the engine refuses it, and EngineDied. `abort` it in the end, however it ends.
+
+    Steps whose tokens wait here come as one: a busy reader catches up, and text for many requests costs less.
+    """
 
     def __init__(self, engine: "EngineClient", id: int) -> None:
         self._engine = engine
-        self._queue: asyncio.Queue[Tokens | Exception] = asyncio.Queue()
+        self._items: deque[Tokens | Exception] = deque()
+        self._arrived = asyncio.Event()
         self.id = id
 
     def __aiter__(self) -> "Generation":
@@ -57,13 +62,23 @@ class Generation:
 
     async def __anext__(self) -> Tokens:
         """The next tokens. There are none behind those with a finish_reason."""
-        item = await self._queue.get()
+        await self._arrived.wait()
+        item = self._items.popleft()
+        while isinstance(item, Tokens) and not item.finish_reason and self._items:
+            later = self._items[0]
+            if isinstance(later, Exception):
+                break
+            item = item.then(later)
+            self._items.popleft()
+        if not self._items:
+            self._arrived.clear()
         if isinstance(item, Exception):
             raise item
         return item
 
     def put(self, item: Tokens | Exception) -> None:
-        self._queue.put_nowait(item)
+        self._items.append(item)
+        self._arrived.set()
 
     def abort(self) -> None:
         """End it now, if it has not ended; its pages are free for others."""

@@ -129,7 +129,7 @@ class EngineProcess:
             return Tokens(id, new, request.cached_tokens, logprobs=logprobs)
         self._forget(request)
         scored = None if request.params.prompt_logprobs is None else request.prompt_logprobs
-        error = str(request.error) if request.error else None
+        error = (str(request.error), request.error.type) if request.error else None
         by_token = request.finish_reason == "stop" and new[-1] in request.stop_ids
         reason = request.finish_reason
         vector = request.embedding(normalize=True).astype("<f4").tobytes() if request.pooling else None

@@ -24,6 +24,8 @@ log = logging.getLogger("minisgl.server.access")
 
 OPEN_PATHS = ("/health",)
 ADMIN_PATHS = ("/metrics", "/stats", "/flush_cache", "/abort_request", "/")
+UPLOAD_PATH = "/v1/files"
+FORM_BYTES = 64 << 10  # of an upload, around the file
 MAX_HEADER_BYTES = 32 << 10
 _ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
@@ -38,12 +40,14 @@ class Guard:
         api_key: str | None = None,
         admin_key: str | None = None,
         max_body_bytes: int = 16 << 20,
+        max_file_bytes: int = 200 << 20,
         origins: Collection[str] = (),
     ) -> None:
         self._app = app
         self._api_key = api_key
         self._admin_key = admin_key or api_key
         self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_file_bytes + FORM_BYTES
         self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,6 +58,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         id = scope["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(12)
         start, status, num_bytes = time.monotonic(), 0, 0
+        max_bytes = self._max_upload_bytes if scope["path"] == UPLOAD_PATH else self._max_body_bytes
 
         async def tell(message: Message) -> None:
             nonlocal status
@@ -66,11 +71,11 @@ class Guard:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
-                raise HTTPException(413, self._too_large)
+            if num_bytes > max_bytes:
+                raise HTTPException(413, f"the body has more than {max_bytes:,} bytes")
             return message
 
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope["path"], headers, max_bytes)
         try:
             if refusal:
                 await json_response(error_object(refusal[1]), refusal[0], refusal[2])(scope, receive, tell)
@@ -88,11 +93,7 @@ class Guard:
                 "%(method)s %(path)s %(status)s in %(seconds)s s (%(request_id)s)", fields, extra={"fields": fields}
             )
 
-    @property
-    def _too_large(self) -> str:
-        return f"the body has more than {self._max_body_bytes:,} bytes"
-
-    def _refusal(self, path: str, headers: Headers) -> tuple[int, str, dict[str, str]] | None:
+    def _refusal(self, path: str, headers: Headers, max_bytes: int) -> tuple[int, str, dict[str, str]] | None:
         """Status, message and headers for a request that may not pass."""
         origin = headers.get("origin")
         if origin and origin not in self._origins and urlsplit(origin).netloc != headers.get("host"):
@@ -108,8 +109,8 @@ class Guard:
         if sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
             return 431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes", {"connection": "close"}
         length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
-            return 413, self._too_large, {"connection": "close"}
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            return 413, f"the body has more than {max_bytes:,} bytes", {"connection": "close"}
         return None
 
 

@@ -110,6 +110,7 @@ class Native:
 
     def _value(self, piece: Piece, params: SamplingParams, request_id: str, start: float) -> dict[str, Any]:
         meta: dict[str, Any] = {"id": request_id, "finish_reason": None, "completion_tokens": len(piece.token_ids)}
+        meta |= {"prompt_tokens": piece.usage.prompt_tokens, "cached_tokens": piece.usage.cached_tokens}
         if piece.finish_reason:
             reason: dict[str, Any] = {"type": piece.finish_reason}
             if piece.finish_reason == "length":
@@ -117,8 +118,6 @@ class Native:
             elif piece.stop_token is not None:
                 reason["matched"] = piece.stop_token
             meta["finish_reason"] = reason
-        if piece.usage:
-            meta |= {"prompt_tokens": piece.usage.prompt_tokens, "cached_tokens": piece.usage.cached_tokens}
             meta["e2e_latency"] = time.monotonic() - start
         if params.logprobs is not None:
             meta |= self._logprobs("output", piece.logprobs or [], params.logprobs)

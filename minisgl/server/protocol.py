@@ -97,8 +97,15 @@ class Tokens(msgspec.Struct, array_like=True, frozen=True):
     by_token: bool = False
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    error: str | None = None
+    error: tuple[str, str] | None = None  # of a RequestError: its message and type
     embedding: bytes | None = None  # fp32, of length 1
+
+    def then(self, later: "Tokens") -> "Tokens":
+        """Both steps as one."""
+        logprobs = None if later.logprobs is None else (self.logprobs or []) + later.logprobs
+        cached_tokens = max(self.cached_tokens, later.cached_tokens)
+        token_ids = self.token_ids + later.token_ids
+        return msgspec.structs.replace(later, token_ids=token_ids, cached_tokens=cached_tokens, logprobs=logprobs)
 
 
 class Stats(Message, frozen=True):

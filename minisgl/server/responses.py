@@ -12,7 +12,7 @@ from minisgl.openai.bodies import Asked
 from minisgl.openai.embeddings import AskedEmbeddings, embeddings_object
 from minisgl.openai.responses import ResponseObject
 from minisgl.request import SamplingParams, Usage
-from minisgl.server.answering import Answering
+from minisgl.server.answering import Answering, Unavailable
 from minisgl.server.completions import Completions
 from minisgl.server.served import ServedModel
 
@@ -52,7 +52,7 @@ class Responses:
                         for event in response.begin():
                             yield event
                     deltas = [answer.push(piece.text)]
-                    if piece.finish_reason and piece.usage:
+                    if piece.finish_reason:
                         deltas.append(answer.finish())
                         usage, status = piece.usage, "completed" if piece.finish_reason == "stop" else "incomplete"
                     for delta in deltas:
@@ -69,10 +69,13 @@ async def embed(answering: Answering, model: ServedModel, asked: AskedEmbeddings
     params = SamplingParams(max_tokens=1, temperature=0)
     with answering.admitted(len(asked.prompts)):
         prompts = await answering.encode(asked.prompts)
-        pieces = answering.answers(prompts, params, request_id=request_id, whole=True, pooling=asked.pooling)
+        pieces = answering.answers(
+            prompts, params, request_id=request_id, whole=True, pooling=asked.pooling, operation="embeddings"
+        )
         async with aclosing(pieces):
             async for place, piece in pieces:
-                assert piece.embedding is not None and piece.usage
+                if piece.embedding is None:
+                    raise Unavailable("the request was aborted", 1)
                 vectors[place], usages[place] = piece.embedding, piece.usage
     num_tokens = sum(usage.prompt_tokens for usage in usages)
     return embeddings_object(model.name, vectors, num_tokens, as_base64=asked.as_base64)

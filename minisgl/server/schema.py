@@ -6,6 +6,7 @@ Knows names, types and ranges. The readers in `openai` decide; this is for peopl
 from dataclasses import fields
 from typing import Any, get_args
 
+from minisgl.batch_run.openai_batch import FORMS
 from minisgl.openai import bodies, responses
 from minisgl.request import SamplingParams
 from minisgl.server import native
@@ -108,3 +109,35 @@ TOKENIZE = _body(
 )
 DETOKENIZE = _body({"tokens": IDS, "model": {"type": "string"}, "skip_special_tokens": {"type": "boolean"}}, "tokens")
 ABORT = _body({"rid": {"type": "string"}, "abort_all": {"type": "boolean"}})
+FILE: Schema = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"enum": ["batch"]},
+                        "expires_after[anchor]": {"enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer"},
+                    },
+                    "required": ["file", "purpose"],
+                    "additionalProperties": False,
+                }
+            }
+        },
+    }
+}
+BATCH = _body(
+    {
+        "input_file_id": {"type": "string"},
+        "endpoint": {"enum": list(FORMS)},
+        "completion_window": {"enum": ["24h"]},
+        "metadata": {"type": "object", "additionalProperties": {"type": "string"}},
+        "output_expires_after": OBJECT,
+    },
+    "input_file_id",
+    "endpoint",
+    "completion_window",
+)

@@ -6,9 +6,11 @@ Knows processes, sockets and signals. Does not know routes.
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -21,10 +23,12 @@ from minisgl.server.answering import Answering
 from minisgl.server.app import create_app
 from minisgl.server.config import ServerConfig
 from minisgl.server.engine_client import EngineClient
+from minisgl.server.files import lock_folder
 from minisgl.server.guard import MAX_HEADER_BYTES
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import Ready
 from minisgl.server.served import ServedModel
+from minisgl.server.traces import traces_from_environment
 from minisgl.tokenizer import Tokenizer
 from minisgl.weights import resolve_model
 
@@ -41,8 +45,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. MinisglError when the model cannot be loaded or the port is taken."""
     listener = listen(config.host, config.port)
-    folder = resolve_model(asked.model)
-    uvloop.run(_serve(asked, folder, config, origins, listener, on_ready))
+    with files_folder(config.files_dir) as files:
+        uvloop.run(_serve(asked, resolve_model(asked.model), config, origins, listener, files, on_ready))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,12 +60,23 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+@contextlib.contextmanager
+def files_folder(named: str | None) -> Iterator[Path]:
+    """The folder for files and batches, locked; a temporary one unless it is named. MinisglError when it is not
+    free."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(named or stack.enter_context(tempfile.TemporaryDirectory(prefix="minisgl-files-")))
+        stack.callback(os.close, lock_folder(folder))
+        yield folder
+
+
 async def _serve(
     asked: EngineConfig,
     folder: Path,
     config: ServerConfig,
     origins: Collection[str],
     listener: socket.socket,
+    files: Path,
     on_ready: OnReady | None,
 ) -> None:
     loop = asyncio.get_running_loop()
@@ -77,10 +92,17 @@ async def _serve(
         ready = await starting
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-    answering = Answering(engine, tokenizer, Metrics(name), max_queue=config.max_queue, deadline_s=config.deadline_s)
+    answering = Answering(
+        engine,
+        tokenizer,
+        Metrics(name),
+        max_queue=config.max_queue,
+        deadline_s=config.deadline_s,
+        traces=traces_from_environment(name),
+    )
     server = Server(
         uvicorn.Config(
-            create_app(answering, model, config, origins),
+            create_app(answering, model, config, files, origins),
             http="h11",
             ws="none",
             lifespan="on",

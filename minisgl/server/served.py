@@ -11,6 +11,7 @@ from minisgl.chat import ChatFormat
 from minisgl.errors import RequestError
 from minisgl.openai.errors import FieldError
 from minisgl.parsers.reasoning import END as END_OF_THINKING
+from minisgl.request import SamplingParams
 from minisgl.tokenizer import Tokenizer
 
 SPELLINGS_KEPT = 1 << 17
@@ -42,6 +43,11 @@ class ServedModel:
     def spell(self, token: int) -> str:
         """The text of one token, special or not."""
         return _spell(self.tokenizer, token)
+
+    def echo(self, prompt_ids: list[int], params: SamplingParams) -> str:
+        """The text of a prompt that comes back before its answer; "" unless that is asked for."""
+        kept = prompt_ids[-params.truncate_prompt_tokens :] if params.truncate_prompt_tokens else prompt_ids
+        return self.tokenizer.decode(kept, params.skip_special_tokens is not False) if params.echo else ""
 
     def card(self, max_len: int | None) -> dict[str, object]:
         """Its entry in /v1/models."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from minisgl.batch_run import prompts
+from minisgl import tokenizer
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.parser import RowParser
 from minisgl.batch_run.prompts import Leaders
@@ -167,7 +167,7 @@ def test_a_model_without_a_tokenizer(fake_llm: Any, monkeypatch: pytest.MonkeyPa
 
 def test_a_text_far_longer_than_the_context_is_not_tokenized(fake_llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = fake_llm()
-    monkeypatch.setattr(prompts, "MAX_CHARS_PER_TOKEN", 2)  # 200 characters for 100 tokens
+    monkeypatch.setattr(tokenizer, "MAX_CHARS_PER_TOKEN", 2)  # 200 characters for 100 tokens
     encoded: list[int] = []
     encode = llm.tokenizer.encode_batch
     llm.tokenizer.encode_batch = lambda texts: [encoded.extend(map(len, texts)), *encode(texts)][1:]

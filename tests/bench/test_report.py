@@ -79,6 +79,18 @@ def test_seconds_are_better_when_smaller() -> None:
     assert "| 2.00 | 1.00 .. 4.00 | 4.00 | 4.00 |" in Page(Results(rows)).text()
 
 
+def test_serving() -> None:
+    figures = {"mean": 2.5, "p50": 2.0, "p99": 9.0}
+    row = {"bench": "serve", "engine": "minisgl", "model": "m", "workload": "512x128", "request_rate": 8.0, **CARD}
+    row |= {"max_concurrency": None, "ttft_ms": figures, "itl_ms": None, "e2e_ms": figures, "date": "2026-01-02"}
+    row |= {"output_tokens_per_s": 900.0}
+    flood = {**row, "request_rate": None, "max_concurrency": 64, "share_of_offline": 0.98}
+    text = Page(Results([CEILINGS, *PEERS, row, flood])).text()
+    same = "2.50 / 2.00 / 9.00 |  | 2.50 / 2.00 / 9.00 | 900"
+    assert f"| m | 512x128 | 8 |  | {same} |  | abc1234 |" in text
+    assert f"| m | 512x128 | all at once | 64 | {same} | 98.0% | abc1234 |" in text
+
+
 def test_latency_and_kernels() -> None:
     figures = {"p50": 1.0, "p90": 2.0, "p99": 3.0}
     latency = {"bench": "latency", "model": "m", "batch": 2, "input_len": 8, "output_len": 1, "ttft_ms": figures}

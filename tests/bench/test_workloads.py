@@ -47,6 +47,13 @@ def test_uniform_shares_nothing() -> None:
     assert len({prompt[0] for prompt in work.prompts}) == 4
 
 
+def test_a_shape() -> None:
+    assert load("16x4x3", MODEL_PATH, BIG_VOCAB) == uniform(3, 16, 4)
+    assert len(load("16x4", MODEL_PATH, BIG_VOCAB).prompts) == 256
+    with pytest.raises(MinisglError, match="must be at least 1"):
+        load("16x0", MODEL_PATH, BIG_VOCAB)
+
+
 def test_a_file_of_prompts(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(
@@ -72,5 +79,8 @@ def test_a_file_that_cannot_be_measured(text: str, message: str, tmp_path: Path)
 
 def test_an_unknown_workload(tmp_path: Path) -> None:
     for name in ("nonsense", str(tmp_path)):
-        with pytest.raises(MinisglError, match="it must be one of mini, single, prefill, shared_prefix, or a file"):
+        with pytest.raises(
+            MinisglError,
+            match="it must be one of mini, single, prefill, shared_prefix, a shape such as 512x128, or a file",
+        ):
             load(name, MODEL_PATH, 1024)

@@ -85,6 +85,45 @@ def test_batch_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[0] == ((), {**expected, "workload": "mini", "model": "demo", "device": "cpu"})
 
 
+def test_serve(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "serve", run=[{}, {}], table="TTFT 3")
+    done = invoke("bench", "serve")
+    assert done.stdout.startswith("TTFT 3\nTTFT 3\n") and "TPOT             time per output token =" in done.stdout
+    paths = {"offline_path": None, "json_path": None, "plot_path": None}
+    about = {"url": "http://127.0.0.1:30000", "workload": "mini", "seed": 0, "max_concurrency": None, "goodput": None}
+    assert calls[0] == ((), {**about, **paths, "request_rates": [float("inf")]})
+    flags = "--workload 512x128 --request-rate 8,0.5,inf --max-concurrency 4 --goodput ttft:200,itl:20 --plot x.png"
+    invoke("bench", "serve", "--url", "http://host:1", *flags.split(), "--offline", "rows.jsonl", "--seed", "3")
+    assert calls[3][1] == {
+        "url": "http://host:1",
+        "workload": "512x128",
+        "request_rates": [8.0, 0.5, float("inf")],
+        "max_concurrency": 4,
+        "goodput": {"ttft": 200.0, "itl": 20.0},
+        "seed": 3,
+        "offline_path": Path("rows.jsonl"),
+        "json_path": None,
+        "plot_path": Path("x.png"),
+    }
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--request-rate 0",
+        "--request-rate 1,x",
+        "--request-rate nan",
+        "--goodput ttft",
+        "--goodput ttft:0",
+        "--goodput speed:3",
+        "--max-concurrency 0",
+    ],
+)
+def test_flags_of_serve_out_of_range(flag: str, invoke: Invoke) -> None:
+    done = invoke("bench", "serve", *flag.split())
+    assert done.exit_code == 2 and "must be" in done.output or "is not in the range" in done.output
+
+
 def test_kernels(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "kernels", run=None)
     assert invoke("bench", "kernels", "rms_norm", "--device", "cpu", "--plot", "x.png").exit_code == 0
@@ -107,14 +146,24 @@ def test_report(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
-    throughput, latency, kernels, batch_run = (
-        invoke("bench", command, "--help").output for command in ("throughput", "latency", "kernels", "batch_run")
+    throughput, latency, serve, kernels, batch_run = (
+        invoke("bench", name, "--help").output for name in ("throughput", "latency", "serve", "kernels", "batch_run")
     )
     assert "overhead  median of job / median of generate - 1" in batch_run
     for figure in ("output tokens/s  output tokens / seconds", "seconds          from", "ready_s          seconds"):
         assert figure in throughput
     for figure in ("TTFT  time to first", "ITL   inter-token", "E2E   end to end"):
         assert figure in latency
+    for figure in (
+        "TTFT  ",
+        "ITL  ",
+        "TPOT  ",
+        "E2E  ",
+        "goodput  ",
+        "of offline  ",
+        "output tokens/s  output tokens /",
+    ):
+        assert f"\n    {figure}" in serve or f"\n  {figure}" in serve
     for figure in ("graph us     median", "GB/s         bytes", "of ceiling   the larger"):
         assert figure in kernels
 
@@ -124,6 +173,8 @@ def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
     [
         (["throughput", "--workload", "nonsense"], "workload is 'nonsense'; it must be one of mini"),
         (["throughput", "-m", "non/sense/"], "folder non/sense/ does not exist"),
+        (["serve", "--url", "host:1"], "--url is 'host:1'; it must begin"),
+        (["serve", "--url", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
         (["kernels", "--device", "cpu"], "bench kernels needs a GPU"),
         (["kernels", "--device", "cpu", "--tune", "tiles.json"], "--tune needs a GPU"),
     ],

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from minisgl.cli import chat as module
-from minisgl.cli.chat import Shell
+from minisgl.cli.chat import RemoteModel, Shell
 from minisgl.demo import MODEL_PATH
 from minisgl.errors import RequestError
 from minisgl.messages import Message
@@ -86,6 +88,41 @@ def test_what_cannot_be_answered_is_not_kept(
     shell, _ = talk(monkeypatch, "refuse", "one")
     assert "too long" in capsys.readouterr().err
     assert [message["content"] for message in shell.messages] == ["one", "one "]
+
+
+class BreakingServer(BaseHTTPRequestHandler):
+    """Its answers end in the middle."""
+
+    def do_GET(self) -> None:
+        self._send(b'{"data": [{"id": "m"}]}')
+
+    def do_POST(self) -> None:
+        self._send(b'data: {"choices": [{"delta": {"content": "half an"}}]}\n\n')
+
+    def _send(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("content-length", str(len(body) + (self.command == "POST")))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        """Silence."""
+
+
+def test_a_server_that_breaks_off_does_not_end_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = HTTPServer(("127.0.0.1", 0), BreakingServer)
+    Thread(target=server.serve_forever, daemon=True).start()
+    before: list[Message] = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}]
+    shell = Shell(RemoteModel(f"http://127.0.0.1:{server.server_port}", None, {}, {}), list(before))
+    shell.say("two")
+    assert "does not answer" in capsys.readouterr().err
+    server.shutdown()
+    server.server_close()
+    shell.say("two")
+    assert "does not answer" in capsys.readouterr().err
+    assert shell.messages == before
 
 
 def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

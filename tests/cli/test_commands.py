@@ -9,7 +9,7 @@ import minisgl
 from minisgl.config import EngineConfig
 from tests.cli.conftest import Invoke
 
-BENCHES = [["bench", name] for name in ("throughput", "latency", "kernels", "report")]
+BENCHES = [["bench", name] for name in ("throughput", "latency", "serve", "kernels", "report")]
 COMMANDS = [[], ["run"], ["merge"], ["info"], ["bench"], *BENCHES]
 
 

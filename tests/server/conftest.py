@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-for name in ("fastapi", "uvicorn", "uvloop", "zmq", "msgspec", "prometheus_client"):
+for name in ("fastapi", "uvicorn", "uvloop", "zmq", "msgspec", "prometheus_client", "python_multipart"):
     pytest.importorskip(name, reason="needs the extra serve: pip install -e '.[serve]'")
 httpx = pytest.importorskip("httpx", reason="needs the extra dev: pip install -e '.[dev]'")
 

@@ -42,6 +42,25 @@ def test_a_stream_says_what_the_whole_answer_says(ai: Any) -> None:
     assert not any(chunk.usage for chunk in chunks[:-1])
 
 
+def test_every_chunk_has_its_usage_where_asked_for(ai: Any) -> None:
+    options = {"continuous_usage_stats": True}
+    chunks = list(
+        ai.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            max_tokens=6,
+            stream=True,
+            stream_options=options,
+            extra_body={"ignore_eos": True},
+        )
+    )
+    counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage]
+    assert counts == sorted(counts) and counts[-1] == 6  # those past the end of text, which have no text, too
+    asked = {"model": "demo", "prompt": "Once", "max_tokens": 4, "extra_body": {"ignore_eos": True}}
+    chunks = list(ai.completions.create(**asked, stream=True, stream_options=options))
+    assert chunks[-1].usage.completion_tokens == 4 and len({chunk.usage.prompt_tokens for chunk in chunks}) == 1
+
+
 def test_async_calls_run_side_by_side(server: Any) -> None:
     async def ask() -> None:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as ai:

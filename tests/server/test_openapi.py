@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 
 schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: pip install schemathesis")
 LENGTHS = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
-OTHERS = ("/v1/embeddings", "/generate", "/tokenize", "/detokenize", "/abort_request")
+OTHERS = ("/v1/embeddings", "/v1/batches", "/generate", "/tokenize", "/detokenize", "/abort_request")
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)

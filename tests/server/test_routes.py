@@ -1,6 +1,7 @@
 """The other routes, and what happens to requests that are none."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -113,6 +114,28 @@ def test_malformed_bodies_are_400(client: Any, content: bytes, status: int) -> N
     response = client.post("/v1/chat/completions", content=content, headers={"content-type": "application/json"})
     assert response.status_code == status, response.text
     assert response.json()["error"]["message"]
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(client: Any) -> None:
+    start = time.monotonic()
+    for path, body in (
+        ("/v1/completions", {"prompt": "word " * 2_000_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 2_000_000}]}),
+        ("/v1/chat/completions", {"messages": QUESTION * 100_000}),
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "context_length_exceeded", response.text
+    assert time.monotonic() - start < 10  # tokenised, they take half a minute
+
+
+def test_a_grammar_that_cannot_be_followed_is_the_clients_mistake(client: Any) -> None:
+    pytest.importorskip("llguidance", reason="needs the extra structured")
+    rules = "\n".join(f"a{n}: a{n + 1} a{n + 1}" for n in range(40))
+    form = {"type": "grammar", "grammar": f'start: a0\n{rules}\na40: "x"'}
+    response = client.post("/v1/chat/completions", json={"messages": QUESTION, "response_format": form})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "structured_output_failed"
 
 
 def test_errors_have_one_form(client: Any) -> None:
