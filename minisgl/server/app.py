@@ -181,6 +181,8 @@ def _add_native_routes(app: FastAPI, answering: Answering, model: ServedModel) -
             about |= {"max_context_length": ready.max_len, "max_total_num_tokens": ready.capacity}
             about |= {"page_size": ready.page_size, "dtype": ready.dtype, "vocab_size": ready.vocab_size}
             about |= {"device": ready.device}
+        if tokenizer:
+            about |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         return json_response(about)
 
     @app.post("/flush_cache")
