@@ -101,13 +101,14 @@ class MinisglEngine:
         cached_tokens = sum(request.cached_tokens for request in requests)
         return Outcome(seconds, sum(request.num_output for request in requests), cached_tokens, token_times)
 
-    def submit(self, workload: Workload) -> Sequence[Request]:
-        """Queue all requests. MinisglError when one does not fit the model."""
-        params = {length: _sampling(length) for length in set(workload.output_lens)}
+    def submit(self, workload: Workload, asked: Sequence[SamplingParams] | None = None) -> Sequence[Request]:
+        """Queue all requests; `asked`: what each one asks for beside the sampling of all. MinisglError when one does
+        not fit the model."""
+        changes = asked or [SamplingParams()] * len(workload.prompts)
         try:
             requests = [
-                self.llm.new_request(prompt, params[length], index=index)
-                for index, (prompt, length) in enumerate(zip(*workload, strict=True))
+                self.llm.new_request(prompt, _sampling(length).merge(vars(changed)), index=index)
+                for index, (prompt, length, changed) in enumerate(zip(*workload, changes, strict=True))
             ]
         except RequestError as error:
             raise MinisglError(f"the workload does not fit the model: {error}") from error

@@ -16,6 +16,7 @@ FIRST, SECOND = "bcdfghjklmnpqrstvwxz", "aeiouyAEIOUYBCDFGHJK"
 PAIRS = [one + other for one, other in product(FIRST, SECOND)]
 SPACE = "Ġ"  # as byte-level BPE writes it
 SMALLEST = 256 + 2 * len(PAIRS) + len(SPECIAL_TOKENS)
+LARGEST = SMALLEST + len(PAIRS) ** 2
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -27,9 +28,24 @@ def words(vocab_size: int) -> list[str]:
     return ["".join(pairs) for pairs in _words(vocab_size)]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*"))
+
+
+def with_tokenizer(folder: Path, target: Path, vocab_size: int) -> Path:
+    """The folder of a model with a tokenizer: `target`, with links to the files of a folder that has none and a
+    tokenizer of `vocab_size` tokens; else, or where there is none of that size, `folder` itself."""
+    if has_tokenizer(folder) or not SMALLEST <= vocab_size <= LARGEST:
+        return folder
+    for path in folder.iterdir():
+        (target / path.name).symlink_to(path.resolve())
+    write_tokenizer(target, vocab_size)
+    return target
+
+
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer of `vocab_size` tokens, from SMALLEST to 160,000 more."""
-    assert SMALLEST <= vocab_size <= SMALLEST + len(PAIRS) ** 2
+    """Write a tokenizer of `vocab_size` tokens, from SMALLEST to LARGEST."""
+    assert SMALLEST <= vocab_size <= LARGEST
     merges = [(pair[0], pair[1]) for pair in PAIRS] + [(SPACE, pair) for pair in PAIRS]
     write_bpe(folder, [*merges, *((SPACE + one, other) for one, other in _words(vocab_size))], CHAT_TEMPLATE)
 

@@ -23,6 +23,7 @@ EXAMPLES = """\b
 Examples:
   minisgl bench throughput --workload mini
   minisgl bench latency --batch 8
+  minisgl bench features
   minisgl bench kernels rms_norm attention_decode
   minisgl bench serve --request-rate 8
   minisgl bench batch_run
@@ -63,6 +64,20 @@ The spread is that of the repeats' own p50.
 Examples:
   minisgl bench latency
   minisgl bench latency --batch 32 --input-len 1024 --output-len 256 --json rows.jsonl
+"""
+FEATURES_EXAMPLES = """\b
+Figures, of requests that decode together:
+  tokens/s           output tokens / seconds, both from when the host has a token of every request
+  cost               tokens/s of plain requests / tokens/s of these - 1, in percent; the median over the repeats, and
+                     the smallest and the largest; the runs of a repeat take turns
+  launches a step    kernels and copies that the profiler sees in a decode step (on a CPU: operators)
+  plain, before ...  plain requests, while none had asked for more: what they cost and launch later must be the same
+  N at once          N tokens that a grammar forces, computed in one step, against one by one: pays where it is negative
+
+\b
+Examples:
+  minisgl bench features
+  minisgl bench features -m qwen3-8b --batch 64 --repeats 7 --json rows.jsonl
 """
 BATCH_RUN_EXAMPLES = """\b
 Figures:
@@ -171,6 +186,20 @@ def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Ro
         if first:
             click.echo(f"{first['engine']} is {ratio(first, row):.2f} times as fast as {row['engine']}")
         first = first or row
+
+
+@bench.command(cls=OneLineErrors, epilog=FEATURES_EXAMPLES)
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Requests that decode together.")
+@click.option("--input-len", type=click.IntRange(1), default=128, show_default=True, help="Tokens of each prompt.")
+@click.option("--output-len", type=click.IntRange(16), default=128, show_default=True, help="Tokens of each answer.")
+@run_options
+@engine_options
+def features(engine: dict[str, Any], **flags: Any) -> None:
+    """Measure what each thing that requests can ask for costs a decode step, and --deterministic."""
+    from minisgl.bench.features import run, table
+
+    for row in run(**flags, **engine):
+        click.echo(table(row))
 
 
 @bench.command("batch_run", cls=OneLineErrors, epilog=BATCH_RUN_EXAMPLES)

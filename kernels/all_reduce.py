@@ -114,7 +114,10 @@ class PeerMemory:
 def sum_of_ranks_reference(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """`sum_of_ranks` in torch; `parts` are the ranks' x."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
-    return torch.stack([part.to(wide) for part in parts]).sum(0).to(parts[0].dtype)
+    total = parts[0].to(wide)
+    for part in parts[1:]:  # one after another: torch's sum over a dimension has an order of its own
+        total = total + part
+    return total.to(parts[0].dtype)
 
 
 def sum_and_norm_reference(

@@ -31,7 +31,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minisgl.kernels.attention_decode import attention_decode_reference
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import architecture, check, use_triton
 from minisgl.kernels.paged import LOG2_E, MASKED_SCORE, check_attention, check_index, load_block, load_page_ids
@@ -96,16 +95,22 @@ def invariant_attention_reference(
     """The same in torch, a token at a time, so that tokens do not depend on others here either; shapes as in
     `invariant_prefill`. Returns out  # [T, H, D]."""
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    page_size, kv_heads, head_dim = k_cache.shape[1:]
+    wide = torch.promote_types(q.dtype, torch.float32)
     offsets = cu_seqlens.tolist()
-    for sequence, kv_len in enumerate(kv_lens.tolist()):
+    for sequence, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
+        if kv_len == 0:  # padding
+            continue
+        pages = page_table[row, : -(-kv_len // page_size)].long()
+        keys, values = (cache[pages].flatten(0, 1).to(wide) for cache in (k_cache, v_cache))  # [L, K, D]
         first, end = offsets[sequence : sequence + 2]
         for token in range(first, end):
-            seen = kv_lens.new_tensor([kv_len - end + token + 1])
-            row = rows[sequence : sequence + 1]
-            # Copied: libraries choose their code by alignment too.
-            out[token] = attention_decode_reference(
-                q[token : token + 1].clone(), k_cache, v_cache, page_table, row, seen, scale=scale, window=window
-            )[0]
+            place = kv_len - end + token
+            seen = slice(max(0, place + 1 - window) if window else 0, place + 1)
+            # Copied, as pages are above: libraries choose their code by alignment too.
+            queries = q[token].to(wide, copy=True).view(kv_heads, -1, head_dim)  # [K, G, D]
+            weights = (queries @ keys[seen].permute(1, 2, 0) * scale).softmax(-1)  # [K, G, keys]
+            out[token] = (weights @ values[seen].transpose(0, 1)).flatten(0, 1).to(q.dtype)
     return out
 
 
@@ -507,10 +512,12 @@ def invariant_decode(
     *,
     scale: float,
     window: int = 0,
+    cascade: None = None,
     out: torch.Tensor,
 ) -> None:
-    """`attention_decode`, with the same arguments but no cascade: a token's result has the same bits in every batch,
-    and from `invariant_prefill`."""
+    """`attention_decode`, with the same arguments but no tiles of a cascade, which sum in another order: a token's
+    result has the same bits in every batch, and from `invariant_prefill`."""
+    check(cascade is None, "cascade: expected None")
     check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
     check(rows.shape[0] == q.shape[0], f"rows: expected [{q.shape[0]}], got {list(rows.shape)}")
     check(max_kv_len >= 0, f"max_kv_len: expected 0 or more, got {max_kv_len}")

@@ -215,9 +215,17 @@ def _sum_splits_kernel(
     tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def _tiles(dtype: torch.dtype, device: torch.device) -> dict[int, Tile]:
+    return FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
+
+
 def _tile(rows: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
-    return next(tile for max_rows, tile in sorted(tiles.items()) if rows <= max_rows)
+    return next(tile for max_rows, tile in sorted(_tiles(dtype, device).items()) if rows <= max_rows)
+
+
+def row_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
+    """Numbers of rows above which `invariant_matmul` runs another kernel, for the same bits, ascending; 0 is first."""
+    return [0, *sorted(_tiles(dtype, device))[:-1]]
 
 
 def _has_descriptor(x: torch.Tensor) -> bool:

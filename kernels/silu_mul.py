@@ -19,7 +19,10 @@ from minisgl.kernels.launch import check, use_triton
 def silu_mul_reference(x: torch.Tensor) -> torch.Tensor:
     """The same in torch; x  # [T, 2I]; returns [T, I]."""
     gate, up = x.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    wide = gate.to(torch.promote_types(x.dtype, torch.float32))
+    # Not torch's silu: its loops on a CPU end in other code than they run in, so that bits depend on a value's place.
+    silu = wide / wide.neg().exp_().add_(1)
+    return silu.to(x.dtype) * up
 
 
 @triton.jit

@@ -96,6 +96,9 @@ class EngineConfig:
     cascade: bool = option(
         True, "Read a prefix that decoding requests share once for many of them.", flag="--cascade/--no-cascade"
     )
+    deterministic: bool = option(
+        False, "Give a request the same logits, bit for bit, whatever runs beside it. Slower; turns --cascade off."
+    )
     overlap: bool = option(
         True, "Schedule and launch a step while the one before it runs.", flag="--overlap/--no-overlap"
     )

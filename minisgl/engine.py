@@ -24,9 +24,9 @@ from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
 from minisgl.graphs import DecodeGraphs, Key, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
-from minisgl.kernels.attention_prefill import query_block
 from minisgl.kernels.launch import use_triton
 from minisgl.kernels.logits import edit_logits
+from minisgl.layers.ops import FASTEST, INVARIANT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.parallel import ParallelGroup
@@ -70,10 +70,13 @@ class Engine:
             torch.cuda.set_device(self.device)
         allocated_before = self._allocated_bytes()
         try:
-            self.model = Decoder(model_config, device=self.device, dtype=self.dtype, max_len=max_len, group=self.group)
+            ops = INVARIANT if config.deterministic else FASTEST
+            self.model = Decoder(
+                model_config, device=self.device, dtype=self.dtype, max_len=max_len, group=self.group, ops=ops
+            )
             self.sampler = Sampler(self.model.shard, self.group)
             load_weights(self.model, folder, config.load_format, config.seed)
-            block = query_block(model_config.head_dim, self.device, self.dtype)
+            block = ops.query_block(model_config.head_dim, self.device, self.dtype)
             self.rows = RowTable(config.max_running, max_len, config.page_size, block, self.device)
             # All zeros between steps; see `kernels.logits`.
             counts = (padded_size(config.max_running), self.model.shard.vocab.size)
@@ -311,8 +314,14 @@ class Engine:
             masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
             self.sample(self._run(batch, kv, masked=True), masks, np.full(1, -1, np.int32))
 
+        @torch.inference_mode()
+        def run_matmuls(num_rows: int) -> None:
+            self.model.run_matmuls(num_rows)
+
+        borders = self.model.ops.linear_borders(self.dtype, self.device)
         with ThreadPoolExecutor(COMPILE_THREADS if self.group.size == 1 else 1) as pool:
             jobs = [pool.submit(run_edits, batches[1]), *(pool.submit(run, batch) for batch in batches)]
+            jobs += [pool.submit(run_matmuls, border + 1) for border in borders if border < config.max_step_tokens]
             for job in jobs:
                 job.result()
         rows.reset()

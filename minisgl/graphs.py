@@ -68,6 +68,11 @@ class DecodeGraphs:
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Forward]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
+    @property
+    def keys(self) -> list[Key]:
+        """What graphs were made for, in their order."""
+        return list(self._graphs)
+
     def run(self, step: Step, wanted: Wanted, masked: bool) -> Forward | None:
         """Replay a decode step; what it made is valid until the next replay. None if no graph can hold it."""
         batch = len(step.decodes)

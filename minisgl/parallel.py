@@ -19,7 +19,14 @@ from datetime import timedelta
 import torch
 
 from minisgl.errors import MinisglError
-from minisgl.kernels.all_reduce import PeerMemory, gather_of_ranks, sum_and_norm, sum_into_stream, sum_of_ranks
+from minisgl.kernels.all_reduce import (
+    PeerMemory,
+    gather_of_ranks,
+    sum_and_norm,
+    sum_into_stream,
+    sum_of_ranks,
+    sum_of_ranks_reference,
+)
 from minisgl.kernels.rms_norm import rms_norm
 from minisgl.kernels.skinny_matmul import Stream
 from minisgl.processes import Meeting
@@ -84,10 +91,12 @@ class ProcessGroup(ParallelGroup):
 
     torch.distributed's world, which `start_processes` makes, is cut into groups of `size` consecutive processes; all
     of them must make their group at the same time. `peers`: on GPUs, memory that all can reach, where that can be had.
+    ordered: add in the order of the ranks whatever the size, so that a row's sum does not depend on the rows beside it;
+    NCCL and gloo choose an order by the size. Large sums then take the ranks' x together as memory.
     num_exchanges: that this rank has begun outside of graphs; one that hangs has begun fewer than the others.
     """
 
-    def __init__(self, device: torch.device, size: int) -> None:
+    def __init__(self, device: torch.device, size: int, *, ordered: bool = False) -> None:
         import torch.distributed as dist
 
         self._dist = dist
@@ -98,7 +107,7 @@ class ProcessGroup(ParallelGroup):
         groups = [dist.new_group(list(range(start, start + size))) for start in starts]  # each process makes them all
         self._group = groups[rank // size]
         self.ranks = Ranks(rank % size, size)
-        self.device = device
+        self.device, self.ordered = device, ordered
         self.num_exchanges = 0
         self.peers = self._open_peers() if device.type == "cuda" and self.size > 1 else None
         self.sums_into_streams = self.peers is not None
@@ -107,11 +116,14 @@ class ProcessGroup(ParallelGroup):
         self.num_exchanges += 1
         if self.peers is not None and self.peers.holds(x):
             return sum_of_ranks(x, self.peers)
+        if self.ordered:
+            return sum_of_ranks_reference(self.gather(x).unbind())
         self._dist.all_reduce(x, group=self._group)
         return x
 
     def sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        if self.peers is not None and self.peers.holds_at_once(x):
+        # Not ordered: the norm of that kernel sums in another order than `rms_norm`, which large x need.
+        if self.peers is not None and self.peers.holds_at_once(x) and not self.ordered:
             self.num_exchanges += 1
             return sum_and_norm(x, residual, weight, eps, self.peers)
         return rms_norm(self.sum(x), weight, eps, residual)

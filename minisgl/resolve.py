@@ -32,6 +32,7 @@ def resolve(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
         device=str(device),
         dtype=resolve_dtype(config.dtype, model_config.dtype, device),
         max_len=resolve_max_len(config.max_len, model_config.max_position_embeddings),
+        cascade=config.cascade and not config.deterministic,  # which requests share a tile changes the order of sums
     )
 
 

@@ -151,7 +151,7 @@ def _join_group(meeting: Meeting, config: EngineConfig, watch: Watch) -> Process
     if device.type == "cuda":
         torch.cuda.set_device(device)
     start_processes(device.type, NEVER_S, meeting)
-    group = ProcessGroup(device, config.tp)
+    group = ProcessGroup(device, config.tp, ordered=config.deterministic)
     watch.progress = lambda: group.num_exchanges
     return group
 

@@ -30,6 +30,8 @@ def exchange(group_size):
         "residual": residual,
         "sum": group.sum(x),
     }
+    terms = torch.randn(7, 33, generator=torch.Generator().manual_seed(world_rank))
+    found |= {"terms": terms, "ordered": ProcessGroup(CPU, int(group_size), ordered=True).sum(terms.clone())}
     group.barrier()
     group.close()
     stop_processes()

@@ -55,6 +55,6 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
     monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512, engine.group))
     with LLM(folder, **SMALL) as llm:
         assert llm.generate(prompts, asked) == expected
-        keys = list(llm.core.engine.graphs._graphs)
+        keys = llm.core.engine.graphs.keys
     assert {key.masked for key in keys} == {True, False} and {key.wanted.edits for key in keys} == {True, False}
     assert len({key.size for key in keys}) > 1 and len({key.wanted.num_top for key in keys}) > 1

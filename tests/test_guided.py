@@ -12,7 +12,6 @@ pytest.importorskip("llguidance", reason="structured output needs minisgl[struct
 jsonschema = pytest.importorskip("jsonschema")
 
 from minisgl import LLM, SamplingParams  # noqa: E402
-from minisgl import engine_core as core_module  # noqa: E402
 from minisgl.demo import MODEL_PATH  # noqa: E402
 from minisgl.errors import RequestError  # noqa: E402
 from minisgl.structured import ResponseFormat  # noqa: E402
@@ -71,7 +70,7 @@ def test_tokens_that_must_come_are_computed_at_once(llm, monkeypatch):
     """The same answer in fewer steps; what was in flight for the request does not count."""
     steps, answers = [], []
     for least in (8, 10**9):
-        monkeypatch.setattr(core_module, "MIN_JUMP", least)
+        monkeypatch.setattr(llm.core, "min_jump", least)
         [request] = llm.new_requests(PROMPT, asking(json_schema=LONG), index=0)
         llm.submit([request])
         ended, count = [], 0

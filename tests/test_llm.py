@@ -103,6 +103,14 @@ def test_the_triton_kernels_give_the_same_tokens(folder, name):
         assert [result.token_ids for result in llm.generate(prompts, params)] == expected
 
 
+@pytest.mark.interpreter
+def test_the_kernels_of_deterministic_give_the_same_tokens(folder):
+    prompts, params = [[3, 1, 4], list(range(20))], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    expected = transformers_tokens(folder("qwen3"), prompts, 2)
+    with LLM(folder("qwen3"), device="auto", **SMALL, num_pages=40, deterministic=True) as llm:
+        assert [result.token_ids for result in llm.generate(prompts, params)] == expected
+
+
 @pytest.mark.parametrize(
     "options",
     [{"cache": "none"}, {"evict": "lfu"}, {"page_size": 128, "max_step_tokens": 256}, {"overlap": False}],

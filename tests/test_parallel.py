@@ -34,7 +34,8 @@ def test_equals_one_rank(name, folders, answers):
 
 @pytest.mark.parametrize("group_size", [2, 4])
 def test_exchanges(tmp_path, group_size):
-    for rank, found in enumerate(run_ranks("exchange", 4, tmp_path, group_size)):
+    of_ranks = run_ranks("exchange", 4, tmp_path, group_size)
+    for rank, found in enumerate(of_ranks):
         first = rank // group_size * group_size
         members = range(first, first + group_size)
         assert found["rank"] == (rank - first, group_size)
@@ -48,6 +49,7 @@ def test_exchanges(tmp_path, group_size):
         assert torch.equal(found["residual"], torch.tensor([[10.0, 20.0]]) + total)
         normed = found["residual"] / found["residual"].square().mean().sqrt()
         torch.testing.assert_close(found["normed"], normed)
+        assert torch.equal(found["ordered"], sum(of_ranks[member]["terms"] for member in members))  # one after another
 
 
 def test_one_rank_alone():

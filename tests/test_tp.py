@@ -78,6 +78,20 @@ def test_answers_are_those_of_one_rank(folder, expected, tp, overlap):
     assert [process.returncode for process in processes] == [0] * (tp - 1)
 
 
+def test_deterministic_ranks(folder):
+    """Alone and in a crowd, chunked and preempted: the same logits bit for bit, at one number of ranks."""
+    prompts = prompts_of_all_kinds()
+    params = [SamplingParams(**MANY, seed=seed, logprobs=20, prompt_logprobs=1) for seed in range(len(prompts))]
+    with LLM(folder, **SMALL, tp=2, deterministic=True) as llm:
+        results = llm.generate(prompts, params)
+        assert llm.core.scheduler.num_preemptions
+        for prompt, own, result in zip(prompts, params, results, strict=True):
+            llm.reset_prefix_cache()
+            [alone] = llm.generate(prompt, own)
+            assert (alone.token_ids, alone.logprobs) == (result.token_ids, result.logprobs)
+            assert alone.prompt_logprobs == result.prompt_logprobs
+
+
 def test_a_rank_that_is_killed_ends_the_llm_and_not_the_process(folder):
     with LLM(folder, **SMALL, tp=2) as llm:
         stream = llm.stream([1, 2, 3], SamplingParams(**MANY))

@@ -6,12 +6,12 @@ Knows which tokens decode and which prefill. Does not know how pages are found: 
 import torch
 
 from minisgl.batch import Batch
-from minisgl.kernels.attention_decode import attention_decode, attention_decode_rotary
-from minisgl.kernels.attention_prefill import attention_prefill
+from minisgl.kernels.attention_decode import attention_decode_rotary
 from minisgl.kernels.rotary import Rotary, rotary_store
 from minisgl.kernels.skinny_matmul import Stream
 from minisgl.layers import Empty, Target
 from minisgl.layers.linear import Linear, SummedLinear
+from minisgl.layers.ops import Ops
 from minisgl.layers.rms_norm import RMSNorm
 from minisgl.models.config import ModelConfig
 from minisgl.parallel import ParallelGroup
@@ -22,14 +22,16 @@ class Attention:
     """q, k and v in one matmul; q/k norm, rotary embedding, KV store and attention in one launch or three; then o.
     A rank computes its heads, and a part of the sum over all."""
 
-    def __init__(self, empty: Empty, config: ModelConfig, window: int, shard: Shard, group: ParallelGroup):
+    def __init__(self, empty: Empty, config: ModelConfig, window: int, shard: Shard, group: ParallelGroup, ops: Ops):
+        self.ops = ops
         self.num_heads, self.head_dim = shard.q_heads.size, config.head_dim
         self.eps = config.rms_norm_eps
         self.window = window
         self.scale = config.head_dim**-0.5
         q, kv = shard.q_heads.times(self.head_dim), shard.kv_heads.times(self.head_dim)
-        self.qkv = Linear(empty, config.hidden_size, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=config.qkv_bias)
-        self.o = SummedLinear(empty, q, "o_proj", config.hidden_size, group, bias=config.o_bias)
+        qkv_parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        self.qkv = Linear(empty, config.hidden_size, qkv_parts, ops, bias=config.qkv_bias)
+        self.o = SummedLinear(empty, q, "o_proj", config.hidden_size, group, ops, bias=config.o_bias)
         self.q_norm = empty(self.head_dim) if config.qk_norm else None
         self.k_norm = empty(self.head_dim) if config.qk_norm else None
 
@@ -48,7 +50,7 @@ class Attention:
         q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, self._rotary(cos_sin))
         decoding = batch.num_decode
         if decoding:
-            attention_decode(
+            self.ops.attention_decode(
                 q[:decoding],
                 k_cache,
                 v_cache,
@@ -62,7 +64,7 @@ class Attention:
                 out=out[:decoding],
             )
         if decoding < len(q):
-            attention_prefill(
+            self.ops.attention_prefill(
                 q[decoding:],
                 k_cache,
                 v_cache,

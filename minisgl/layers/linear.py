@@ -6,6 +6,7 @@ import torch
 
 from minisgl.kernels.skinny_matmul import Stream, matmul_into, normed_matmul, skinny_matmul
 from minisgl.layers import Empty, Target
+from minisgl.layers.ops import Ops
 from minisgl.layers.rms_norm import RMSNorm
 from minisgl.parallel import ParallelGroup
 from minisgl.shards import Cut
@@ -14,15 +15,15 @@ from minisgl.shards import Cut
 class Linear:
     """weight  # [O, I], bias  # [O]. `parts`: of each of the checkpoint's matrices this rank's rows; O is the sum."""
 
-    def __init__(self, empty: Empty, in_features: int, parts: Mapping[str, Cut], *, bias: bool):
-        self.parts = parts
+    def __init__(self, empty: Empty, in_features: int, parts: Mapping[str, Cut], ops: Ops, *, bias: bool):
+        self.parts, self.ops = parts, ops
         rows = sum(cut.size for cut in parts.values())
         self.weight = empty(rows, in_features)
         self.bias = empty(rows) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, I] -> [T, O]."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
     def of_stream(self, stream: Stream, *, gated: bool = False) -> torch.Tensor:
         """The stream normed, times the weight  # [M, D] -> [M, O], or [M, O / 2] behind a gate; M is small."""
@@ -43,14 +44,16 @@ class SummedLinear:
     """weight  # [O, I], bias  # [O]: I are this rank's inputs of the checkpoint's matrix `name`, and y is the sum over
     ranks, in which the first one counts the bias."""
 
-    def __init__(self, empty: Empty, inputs: Cut, name: str, out_features: int, group: ParallelGroup, *, bias: bool):
-        self.name, self.inputs, self.group = name, inputs, group
+    def __init__(
+        self, empty: Empty, inputs: Cut, name: str, out_features: int, group: ParallelGroup, ops: Ops, *, bias: bool
+    ):
+        self.name, self.inputs, self.group, self.ops = name, inputs, group, ops
         self.weight = empty(out_features, inputs.size)
         self.bias = empty(out_features) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, I] -> this rank's part of y  # [T, O]; the norm that reads y adds the parts up."""
-        return torch.nn.functional.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
     def into_stream(self, stream: Stream, x: torch.Tensor, norm: RMSNorm) -> Stream:
         """Add y of x  # [M, I] to the stream, which `norm` reads next; M is small."""

@@ -6,6 +6,7 @@ from minisgl.kernels.silu_mul import silu_mul
 from minisgl.kernels.skinny_matmul import Stream
 from minisgl.layers import Empty, Target
 from minisgl.layers.linear import Linear, SummedLinear
+from minisgl.layers.ops import Ops
 from minisgl.layers.rms_norm import RMSNorm
 from minisgl.models.config import ModelConfig
 from minisgl.parallel import ParallelGroup
@@ -15,10 +16,10 @@ from minisgl.shards import Shard
 class MLP:
     """Two matmuls; gate and up are one. A rank computes a slice of the inner width, and a part of the sum over it."""
 
-    def __init__(self, empty: Empty, config: ModelConfig, shard: Shard, group: ParallelGroup):
+    def __init__(self, empty: Empty, config: ModelConfig, shard: Shard, group: ParallelGroup, ops: Ops):
         hidden, bias = config.hidden_size, config.mlp_bias
-        self.gate_up = Linear(empty, hidden, {"gate_proj": shard.mlp, "up_proj": shard.mlp}, bias=bias)
-        self.down = SummedLinear(empty, shard.mlp, "down_proj", hidden, group, bias=bias)
+        self.gate_up = Linear(empty, hidden, {"gate_proj": shard.mlp, "up_proj": shard.mlp}, ops, bias=bias)
+        self.down = SummedLinear(empty, shard.mlp, "down_proj", hidden, group, ops, bias=bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, hidden] -> this rank's part of [T, hidden]."""

@@ -16,6 +16,7 @@ from minisgl.layers import Empty, Target, join
 from minisgl.layers.attention import Attention
 from minisgl.layers.embedding import Embedding
 from minisgl.layers.mlp import MLP
+from minisgl.layers.ops import FASTEST, Ops
 from minisgl.layers.rms_norm import RMSNorm, SummedRMSNorm
 from minisgl.models.config import ModelConfig
 from minisgl.models.rope import cos_sin_table
@@ -34,11 +35,12 @@ class DecoderLayer:
         window: int,
         shard: Shard,
         group: ParallelGroup,
+        ops: Ops,
     ):
         self.attention_norm = new_norm()
-        self.attention = Attention(empty, config, window, shard, group)
+        self.attention = Attention(empty, config, window, shard, group, ops)
         self.mlp_norm = new_norm()
-        self.mlp = MLP(empty, config, shard, group)
+        self.mlp = MLP(empty, config, shard, group, ops)
 
     def decode(
         self,
@@ -69,6 +71,7 @@ class Decoder:
 
     max_len: longest text in tokens, the length of the rotary table.
     group: the ranks that hold the model together; each has a `shard` of it, this one alone when none is given.
+    ops: the kernels of matmuls and attention.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class Decoder:
         dtype: torch.dtype,
         max_len: int,
         group: ParallelGroup | None = None,
+        ops: Ops = FASTEST,
     ):
         group = group or ParallelGroup()
-        self.config = config
+        self.config, self.ops = config, ops
         self.shard = shard = Shard.of(config, group.ranks)
         self.device, self.dtype = device, dtype
         empty = partial(torch.empty, device=device, dtype=dtype)
@@ -89,13 +93,13 @@ class Decoder:
         if group.size > 1:
             new_norm = partial(SummedRMSNorm, empty, config.hidden_size, config.rms_norm_eps, group)
         self.embed = Embedding(empty, shard.vocab, shard.first_id, config.hidden_size, group)
-        self.layers = [DecoderLayer(empty, new_norm, config, window, shard, group) for window in config.windows]
+        self.layers = [DecoderLayer(empty, new_norm, config, window, shard, group, ops) for window in config.windows]
         self.norm = new_norm()
         self.norms_after = [*(layer.attention_norm for layer in self.layers[1:]), self.norm]  # what reads each layer
         tied = config.tie_word_embeddings
         self.lm_head = self.embed.weight if tied else empty(shard.vocab.size, config.hidden_size)  # [V, hidden]
         # Borders of the decode batches of `_decode`: a residual times a norm's weight may be too large for float16.
-        fused = use_triton(self.lm_head) and dtype != torch.float16 and group.sums_into_streams
+        fused = ops.streams and use_triton(self.lm_head) and dtype != torch.float16 and group.sums_into_streams
         self.stream_borders = row_borders(dtype, device) if fused else [0]
         self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_len, device)  # [max_len, D] fp32
 
@@ -123,7 +127,14 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits  # [N, V] of hidden states  # [N, hidden]."""
-        return torch.nn.functional.linear(hidden, self.lm_head)
+        return self.ops.linear(hidden, self.lm_head, None)
+
+    def run_matmuls(self, num_rows: int) -> None:
+        """Run each kind of matmul on rows of zeros, so that its kernel for so many rows is compiled."""
+        layer = self.layers[0]
+        for linear in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down):
+            linear(linear.weight.new_zeros(num_rows, linear.weight.shape[1]))
+        self.logits(self.lm_head.new_zeros(num_rows, self.config.hidden_size))
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """`forward` for a small batch of decodes: norms, gates and additions are part of the matmuls."""

@@ -78,6 +78,13 @@ def test_perplexity(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[0] == ((), {"model": "qwen3-0.6b", "tokens": 8192, "layers": 2, "json_path": None})
 
 
+def test_features(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "features", run=[{}, {}], table="+1%")
+    assert invoke("bench", "features", "--batch", "8", "--page-size", "16").stdout == "+1%\n+1%\n"
+    expected = {name: value for name, value in DEFAULTS.items() if name != "baseline"}
+    assert calls[0] == ((), {**expected, "batch": 8, "input_len": 128, "output_len": 128, "page_size": 16})
+
+
 def test_batch_run(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(monkeypatch, "batch_run", run=[{}, {}], table="overhead 1%")
     assert invoke("bench", "batch_run", "-m", "demo", "--device", "cpu").stdout == "overhead 1%\noverhead 1%\n"
@@ -146,9 +153,11 @@ def test_report(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
-    throughput, latency, serve, kernels, batch_run = (
-        invoke("bench", name, "--help").output for name in ("throughput", "latency", "serve", "kernels", "batch_run")
+    throughput, latency, serve, features, kernels, batch_run = (
+        invoke("bench", name, "--help").output
+        for name in ("throughput", "latency", "serve", "features", "kernels", "batch_run")
     )
+    assert "tokens/s of plain requests / tokens/s of these - 1" in features
     assert "overhead  median of job / median of generate - 1" in batch_run
     for figure in ("output tokens/s  output tokens / seconds", "seconds          from", "ready_s          seconds"):
         assert figure in throughput

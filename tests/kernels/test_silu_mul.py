@@ -37,6 +37,13 @@ def test_a_row_does_not_depend_on_its_neighbours(device, dtype):
         assert torch.equal(together[row : row + 1], silu_mul(x[row : row + 1]))
 
 
+def test_a_value_of_the_reference_does_not_depend_on_its_place():
+    x = torch.randn(300, 2 * 1003) * 4
+    together = silu_mul_reference(x)
+    for column in (0, 500, 1002):
+        assert torch.equal(together[:, column : column + 1], silu_mul_reference(x[:, [column, 1003 + column]]))
+
+
 def test_no_tokens(device, dtype):
     assert silu_mul(torch.empty(0, 64, device=device, dtype=dtype)).shape == (0, 32)
 
