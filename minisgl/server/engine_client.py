@@ -155,12 +155,12 @@ class EngineClient:
         if self.ready is None:
             raise EngineDied("the engine is starting")
         generation = Generation(self, next(self._ids))
-        given = {name: value for name, value in vars(params).items() if value is not None and value != ()}
-        # Of one prompt several answers are several requests, and text is not the engine's.
-        for name in ("n", "stop", "bad_words", "echo", "truncate_prompt_tokens", "response_format"):
-            given.pop(name, None)
         form = vars(params.response_format) if params.response_format else None
-        self._send(Submit(generation.id, list(prompt_ids), given, index, list(bans), form, grammar_after, pooling))
+        self._send(
+            Submit(
+                generation.id, list(prompt_ids), params.for_engine(), index, list(bans), form, grammar_after, pooling
+            )
+        )
         self._generations[generation.id] = generation
         return generation
 

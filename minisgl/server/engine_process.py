@@ -1,8 +1,8 @@
-"""The engine process: requests of token ids come by the socket, EngineCore answers them step by step.
+"""The engine process: requests of token ids come by the socket, the engine answers them step by step.
 
     python -m minisgl.server.engine_process SOCKET
 
-Knows messages and EngineCore. Does not know text or HTTP. It ends with the process that started it: its stdin is a pipe
+Knows messages and `Core`. Does not know text or HTTP. It ends with the process that started it: its stdin is a pipe
 that closes then, whatever a step is doing.
 """
 
@@ -17,7 +17,7 @@ from typing import NoReturn
 import zmq
 
 from minisgl.config import EngineConfig
-from minisgl.engine_core import EngineCore
+from minisgl.core import Core, open_core
 from minisgl.errors import MinisglError, RequestError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
@@ -33,9 +33,9 @@ COMPILING_POLL_MS = 1
 
 
 class EngineProcess:
-    """Serves one EngineCore over `socket`."""
+    """Serves an engine, or several, over `socket`."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", core: EngineCore, folder: Path) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", core: Core, folder: Path) -> None:
         self._socket = socket
         self._core = core
         self._folder = folder
@@ -52,7 +52,7 @@ class EngineProcess:
             progressed = self._core.step() if self._core.num_unfinished else []
             if progressed or changed:
                 tokens = [self._tokens(request) for request in progressed]
-                send(self._socket, protocol.Stepped(tokens, self._stats()))
+                send(self._socket, protocol.Stepped(tokens, Stats(*self._core.stats())))
 
     def _receive(self) -> bool:
         """Take in all messages that are there; wait for one when nothing else is to do. True when there were any."""
@@ -135,29 +135,17 @@ class EngineProcess:
         vector = request.embedding(normalize=True).astype("<f4").tobytes() if request.pooling else None
         return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error, vector)
 
-    def _stats(self) -> Stats:
-        scheduler = self._core.scheduler
-        page_size = scheduler.pool.page_size
-        return Stats(
-            len(scheduler.running),
-            len(scheduler.waiting),
-            scheduler.pool.num_pages * page_size,
-            scheduler.pool.num_free * page_size,
-            scheduler.cache.num_evictable * page_size if scheduler.cache else 0,
-            scheduler.num_preemptions,
-        )
-
 
 def send(socket: "zmq.Socket[bytes]", message: Message) -> None:
     socket.send(protocol.encode(message))
 
 
-def load(begin: Begin) -> EngineCore:
+def load(begin: Begin) -> Core:
     """The engine of a message; MinisglError when it cannot start."""
     folder = Path(begin.folder)
     model_config = ModelConfig.from_folder(folder)
     defaults = generation_defaults(folder, model_config, begin.eos_id)
-    return EngineCore(EngineConfig(**begin.config), model_config, folder, defaults)
+    return open_core(EngineConfig(**begin.config), model_config, folder, defaults)
 
 
 def main(path: str) -> None:
