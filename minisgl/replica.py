@@ -24,7 +24,6 @@ import torch
 
 from minisgl.config import EngineConfig
 from minisgl.engine_core import EngineCore
-from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
 from minisgl.plan import pack, unpack
