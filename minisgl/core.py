@@ -69,6 +69,12 @@ class Core(ABC):
         return self.config.max_running * self.config.dp
 
     @property
+    def devices(self) -> str:
+        """What answers, in words."""
+        device, size = self.config.device, self.config.tp * self.config.dp
+        return device if size == 1 else f"{size} processes on {device.partition(':')[0]}"
+
+    @property
     @abstractmethod
     def num_unfinished(self) -> int:
         """Requests that wait or run."""

@@ -11,7 +11,7 @@ import atexit
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -89,7 +89,8 @@ class LeadingEngine(Engine):
         self._watch.close()
         torch.set_num_threads(self._threads)
         if self._in_step and not self.closed:
-            self.group.send(CLOSE)
+            with suppress(RuntimeError):  # a rank is gone, and nobody has stepped since
+                self.group.send(CLOSE)
             super().close()
             self.group.close()
             stop_processes()

@@ -95,6 +95,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.stats = Stats()
         self.num_restarts = 0
+        self.given_up = asyncio.Event()  # it died, and does not come back
         self._generations: dict[int, Generation] = {}
         self._ids = itertools.count()
         self._context = zmq.asyncio.Context()
@@ -186,7 +187,7 @@ class EngineClient:
             await self._end_process()
             self._fail_all()
             if not self.restarts:
-                log.error("the engine process has died and --restart is never: restart the server")
+                self.given_up.set()
                 return
             while self.ready is None:
                 log.warning("the engine process has died: starting it again")
