@@ -177,7 +177,12 @@ def start_module(
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env={**os.environ, **{name: str(value) for name, value in environment.items()}, "PYTHONPATH": path},
+        env={
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # else a rank whose store went away prints 20 lines of C++
+            **os.environ,
+            **{name: str(value) for name, value in environment.items()},
+            "PYTHONPATH": path,
+        },
         stdin=subprocess.PIPE,
         stdout=sys.stderr.fileno() if _is_open(sys.stderr) else subprocess.DEVNULL,  # results go to stdout
         start_new_session=True,  # Ctrl-C is the first rank's to handle
