@@ -98,19 +98,22 @@ def read_progress(header: Header, arrays: Ints, requests: Mapping[int, Request])
     for id, count, cached_tokens in table:
         tokens, rest = rest[:count], rest[count:]
         extra = header["more"].get(str(id), {})  # JSON's keys are strings
-        hidden, sums = np.split(sums, [extra.get("pooled", (0, 0))[0]])
         request = requests.get(id)
+        if "pooled" in extra:
+            size, num_pooled = extra["pooled"]
+            if request:
+                request.hidden_sum, request.num_pooled = sums[:size], num_pooled
+            sums = sums[size:]
         if request is None:  # it was aborted meanwhile
             continue
         request.tokens[request.num_tokens : request.num_tokens + count] = tokens
         request.num_tokens += count
         request.cached_tokens = cached_tokens
-        request.logprobs += _logprobs(extra.get("logprobs", ()))
-        request.prompt_logprobs += _logprobs(extra.get("scored", ()))
-        request.finish_reason = extra.get("reason")
-        request.error = RequestError(*extra["error"]) if "error" in extra else None
-        if "pooled" in extra:
-            request.hidden_sum, request.num_pooled = hidden, extra["pooled"][1]
+        if extra:
+            request.logprobs += _logprobs(extra.get("logprobs", ()))
+            request.prompt_logprobs += _logprobs(extra.get("scored", ()))
+            request.finish_reason = extra.get("reason")
+            request.error = RequestError(*extra["error"]) if "error" in extra else None
         progressed.append((id, request, count))
     return progressed
 
