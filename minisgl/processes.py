@@ -38,7 +38,6 @@ EXIT_S = 10.0  # for a process that was asked to end
 FAILED = 2  # exit code
 OF_REPLICA = "MINISGL_REPLICA"  # in the environment where another process hands out the work, and says what failed
 TOKEN_BYTES = 32
-KEEP_ALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}  # seconds: 14 until a machine counts as gone
 
 
 class Place(NamedTuple):
@@ -217,7 +216,7 @@ def accept(meeting: Meeting, count: int, job: dict[str, Any]) -> "list[Connectio
         meeting.announce({**job, "port": listener.address[1], "token": token.hex()})
         while len(connections) < count:
             with suppress(AuthenticationError, EOFError, OSError):  # somebody else's, or one that went away
-                connections.append(_live(listener.accept()))
+                connections.append(_at_once(listener.accept()))
     return connections
 
 
@@ -225,20 +224,16 @@ def connect(meeting: Meeting, job: dict[str, Any]) -> "Connection[bytes, bytes]"
     """See `accept`."""
     host = LOCALHOST if is_on_this_machine(meeting.place.size) else meeting.host
     try:
-        return _live(Client((host, job["port"]), authkey=bytes.fromhex(job["token"])))
+        return _at_once(Client((host, job["port"]), authkey=bytes.fromhex(job["token"])))
     except (OSError, EOFError, AuthenticationError) as error:
         reason = f"{host}:{job['port']} ({error}): let ports above 1023 through between the machines of the job"
         raise MinisglError(f"rank {meeting.place.rank} cannot reach {reason}") from error
 
 
-def _live(connection: "Connection[bytes, bytes]") -> "Connection[bytes, bytes]":
-    """A connection that sends at once, and ends when the machine at its other end is gone."""
+def _at_once(connection: "Connection[bytes, bytes]") -> "Connection[bytes, bytes]":
+    """A connection that does not hold small messages back."""
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEP_ALIVE.items():
-            if hasattr(socket, name):
-                same.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     return connection
 
 

@@ -27,13 +27,13 @@ from minisgl.engine_core import EngineCore
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
 from minisgl.plan import pack, unpack
-from minisgl.processes import FAILED, Meeting, connect, is_of_torchrun
+from minisgl.processes import FAILED, OF_REPLICA, Meeting, connect, is_of_torchrun
 from minisgl.replica_messages import pack_ids, pack_progress, unpack_requests
 from minisgl.request import Request
 from minisgl.resolve import resolve_device
 from minisgl.structured import GrammarCopies
 from minisgl.tokenizer import Tokenizer
-from minisgl.watch import describe
+from minisgl.watch import SILENT_S, describe, print_failure
 
 IDLE_S = 0.5  # between looks at the ranks, while no request is there
 
@@ -41,10 +41,12 @@ Told = tuple[dict[str, Any], dict[int, Request]]  # a message's header, and the 
 
 
 class Replica:
-    """Serves one EngineCore over `connection`."""
+    """Serves one EngineCore over `connection`, which brings a sign of life each `silent_s` or ends with the process at
+    its other end."""
 
-    def __init__(self, connection: "Connection[bytes, bytes]") -> None:
+    def __init__(self, connection: "Connection[bytes, bytes]", silent_s: float | None = None) -> None:
         self._connection = connection
+        self._silent_s = silent_s
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[Told] = queue.SimpleQueue()
         self._job: dict[str, Any] = {}
@@ -120,9 +122,13 @@ class Replica:
         """Take in messages and make their requests, beside the steps."""
         while True:
             try:
+                if not self._connection.poll(self._silent_s):
+                    self._end(f"rank 0 has shown no sign of life for {self._silent_s:g} s: it is stopped, or gone")
                 header, arrays = unpack(self._connection.recv_bytes())
             except (EOFError, OSError):
                 self._end()
+            if not header:
+                continue
             requests: dict[int, Request] = {}
             if "begin" in header:
                 self._job = header["begin"]
@@ -153,8 +159,10 @@ class Replica:
         except OSError:
             self._end()
 
-    def _end(self) -> NoReturn:
+    def _end(self, reason: str = "") -> NoReturn:
         """Nobody hands out work any more."""
+        if reason and os.environ[OF_REPLICA] == "1":  # one line, and not one of each
+            print_failure(reason)
         os._exit(FAILED)
 
 
@@ -167,15 +175,12 @@ def join() -> None:
         return
     connection = connect(meeting, job)
     connection.send_bytes(pack({"rank": meeting.place.rank}))
-    serve(connection)
-
-
-def serve(connection: "Connection[bytes, bytes]") -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Replica(connection).run()
+    Replica(connection, SILENT_S).run()
 
 
 if __name__ == "__main__":
     if is_of_torchrun():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    serve(Connection(int(sys.argv[1])))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Replica(Connection(int(sys.argv[1]))).run()

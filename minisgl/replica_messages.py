@@ -6,6 +6,7 @@
                     forget    every cached prefix that no running request uses
                     drop      take back the requests that wait
                     close
+                    nothing   a sign of life
     from a replica  ready     the config as it was resolved there
                     progress  what a step added to requests
                     dropped   ids of the requests that waited
@@ -27,7 +28,7 @@ from minisgl.structured import Grammar
 from minisgl.upload import Ints, ints
 
 Header = dict[str, Any]
-CLOSE, FORGET, DROP = pack({"close": True}), pack({"forget": True}), pack({"drop": True})
+CLOSE, FORGET, DROP, BEAT = pack({"close": True}), pack({"forget": True}), pack({"drop": True}), pack({})
 
 
 def pack_requests(requests: Mapping[int, Request]) -> bytes:

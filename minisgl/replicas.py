@@ -34,13 +34,14 @@ from minisgl.plan import pack, unpack
 from minisgl.planner import plan_order
 from minisgl.processes import EXIT_S, OF_REPLICA, Meeting, accept, end, how_it_ended, is_of_torchrun, start_module
 from minisgl.radix_cache import RadixCache
-from minisgl.replica_messages import CLOSE, DROP, FORGET, pack_ids, pack_requests, read_progress
+from minisgl.replica_messages import BEAT, CLOSE, DROP, FORGET, pack_ids, pack_requests, read_progress
 from minisgl.request import Request
 from minisgl.resolve import resolve
 from minisgl.upload import Ints
 
 # What an output token takes, in prompt tokens: on an H200 3.4 with Qwen3-8B and 16 with Qwen3-0.6B (bench/results).
 OUTPUT_COST = 4
+BEAT_S = 5.0
 POLL_S = 0.5  # between looks at the clock, while no replica says anything
 AWAY_S = 1.0  # the caller did something else: that time is nobody's fault
 EXPLAIN_S = 8.0  # for the ranks of a replica to find out which of them hangs
@@ -68,8 +69,14 @@ class Replica:
         self._outbox.put(message)
 
     def _post(self) -> None:
+        beat_s = BEAT_S if self.process is None else None  # the other end of a pipe knows when this process ends
         with contextlib.suppress(OSError):  # it is gone: whoever listens finds out
-            while (message := self._outbox.get()) is not None:
+            while True:
+                message: bytes | None = BEAT
+                with contextlib.suppress(queue.Empty):
+                    message = self._outbox.get(timeout=beat_s)
+                if message is None:
+                    return
                 self.connection.send_bytes(message)
 
     def read(self) -> None:

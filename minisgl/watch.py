@@ -31,7 +31,7 @@ class Watch:
         self.place = meeting.place
         self.progress: Callable[[], int] = lambda: 0
         self.failure: str | None = None  # of the job, once it is known
-        self.say: Callable[[str], object] = _print  # before this process ends, where nobody else says why
+        self.say: Callable[[str], object] = print_failure  # before this process ends, where nobody else says why
         self._store = meeting.again()
         self._followers = followers
         self._known = threading.Event()  # there is a failure
@@ -148,7 +148,8 @@ class Watch:
             os._exit(FAILED)
 
 
-def _print(failure: str) -> None:
+def print_failure(failure: str) -> None:
+    """On stderr, where nobody else does."""
     print(f"Error: {failure}", file=sys.stderr, flush=True)
 
 
