@@ -40,7 +40,7 @@ IDLE_S = 0.5  # between looks at the ranks, while no request is there
 Told = tuple[dict[str, Any], dict[int, Request]]  # a message's header, and the requests that it brings
 
 
-class Replica:
+class ReplicaProcess:
     """Serves one EngineCore over `connection`, which brings a sign of life each `silent_s` or ends with the process at
     its other end."""
 
@@ -176,11 +176,11 @@ def join() -> None:
     connection = connect(meeting, job)
     connection.send_bytes(pack({"rank": meeting.place.rank}))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Replica(connection, SILENT_S).run()
+    ReplicaProcess(connection, SILENT_S).run()
 
 
 if __name__ == "__main__":
     if is_of_torchrun():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Replica(Connection(int(sys.argv[1]))).run()
+    ReplicaProcess(Connection(int(sys.argv[1]))).run()

@@ -113,9 +113,11 @@ class Replica:
 
     def wait(self) -> None:
         """It was told to end."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(subprocess.TimeoutExpired, EOFError, OSError):
             if self.process:
                 self.process.wait(EXIT_S)
+            while self.connection.poll(EXIT_S):
+                self.connection.recv_bytes()  # what it said before
 
     def kill(self) -> None:
         """On another machine, it ends with its connection."""
