@@ -186,8 +186,8 @@ class Replicas(Core):
             return
         self._closed = True
         atexit.unregister(self.close)
-        self._queue.clear()
-        self._handed.clear()
+        for request in [*self._handed, *self._queue]:
+            self.abort(request)
         if not self._failure:
             for each in self._replicas:
                 each.send(CLOSE)

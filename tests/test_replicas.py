@@ -5,7 +5,6 @@ import time
 from dataclasses import replace
 from multiprocessing.connection import Pipe
 
-import numpy as np
 import pytest
 
 from minisgl import LLM, MinisglError, SamplingParams, replicas
@@ -159,13 +158,19 @@ def test_one_that_is_silent_or_gone_ends_the_job_in_one_line(far_ends):
 def test_the_cause_that_a_replica_names_is_passed_on(far_ends):
     llm, (one, two) = far_ends
     requests = submit(llm, [1] * 20, [2] * 20)
+    stream = llm.stream([4, 5])
     two.receive()
     two.connection.send_bytes(pack_ids("dropped", []))
     two.connection.send_bytes(pack({"failed": "rank 1 was killed by signal 9"}))
     with pytest.raises(MinisglError, match=r"^replica 1 failed: rank 1 was killed by signal 9$"):
         while True:
             llm.core.check()
-    assert not any(np.any(request.finish_reason) for request in requests)
+    assert not any(request.finish_reason for request in requests)
+    with pytest.raises(MinisglError, match="make a new one"):
+        next(stream)
+    llm.close()
+    assert llm.num_unfinished == 0 and {request.finish_reason for request in requests} == {"abort"}
+    llm.abort(requests[0])
 
 
 def test_refusals(folder):  # noqa: F811

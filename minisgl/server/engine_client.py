@@ -151,7 +151,7 @@ class EngineClient:
         grammar_after: int | None = None,
         pooling: Pooling | None = None,
     ) -> Generation:
-        """Submit a prompt. `index` and `bans`: see `EngineCore.new_request`; `grammar_after` and `pooling`: see Submit.
+        """Submit a prompt. `index` and `bans`: see `Core.new_request`; `grammar_after` and `pooling`: see Submit.
         EngineDied when there is no engine."""
         if self.ready is None:
             raise EngineDied("the engine is starting")
