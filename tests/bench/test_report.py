@@ -169,7 +169,7 @@ def test_the_floor_of_mini() -> None:
     assert floor_s(config(), work, 4250, 790) == pytest.approx(3.7, abs=0.05)
     for model in ("qwen3-0.6b", "qwen3-8b", "qwen3-14b"):
         assert floor_s(config(model), work, 4250, 790) > floor_s(config(model), work, 8500, 1580) > 0
-    assert set(FIGURES) == set(WORKLOADS) - {"mini_x4"}  # which no peer has run
+    assert set(FIGURES) == set(WORKLOADS)
 
 
 def test_evaluations_with_and_without_the_cache_and_by_others() -> None:
