@@ -66,7 +66,7 @@ def _overhead(
                     _run_job(llm, prompts, str(Path(place) / f"{repeat}.jsonl"), str(folder))
                 if repeat >= 0:
                     seconds.append(time.perf_counter() - started)
-        device, dtype = llm.core.engine.device, llm.config.dtype
+        device, dtype = torch.device(llm.config.device), llm.config.dtype
     generate, job = (statistics.median(seconds) for seconds in sides.values())
     return {
         "bench": "batch_run",

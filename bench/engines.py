@@ -80,7 +80,7 @@ class MinisglEngine:
         started = time.perf_counter()
         self.llm = LLM(folder, **options)
         self.ready_s = time.perf_counter() - started
-        self.device = self.llm.core.engine.device
+        self.device = torch.device(self.llm.config.device)  # the first of them
         self.dtype = self.llm.config.dtype
         self._options = options
 
@@ -116,7 +116,7 @@ class MinisglEngine:
         if short is not None:
             raise MinisglError(
                 f"the workload does not fit the model: a prompt of {short.num_prompt:,} tokens and "
-                f"{short.params.max_tokens:,} of output exceed the context of {self.llm.core.engine.max_len:,}"
+                f"{short.params.max_tokens:,} of output exceed the context of {self.llm.config.max_len:,}"
             )
         self.llm.submit(requests)
         return requests
@@ -130,7 +130,9 @@ class MinisglEngine:
 
     def facts(self) -> dict[str, Any]:
         options = {name: value for name, value in self._options.items() if name != "device"}
-        return {"preemptions": self.llm.core.scheduler.num_preemptions, "options": options}
+        config = self.llm.config
+        preemptions = self.llm.core.stats().preemptions
+        return {"num_devices": config.tp * config.dp, "preemptions": preemptions, "options": options}
 
     def __enter__(self) -> "MinisglEngine":
         return self

@@ -21,7 +21,7 @@ from minisgl.bench.engines import MinisglEngine, find_model
 from minisgl.bench.harness import environment, write_rows
 from minisgl.bench.synthetic_tokenizer import has_tokenizer, with_tokenizer
 from minisgl.bench.workloads import Workload, fold, uniform
-from minisgl.engine_core import MIN_JUMP
+from minisgl.engine_core import MIN_JUMP, EngineCore
 from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.request import Request, SamplingParams
@@ -198,7 +198,7 @@ class _Meter:
         engine = self._engine_of(line)
         engine.drain()
         seconds = time.perf_counter() - started
-        graphs = engine.llm.core.engine.graphs
+        graphs = self._core_of(line).engine.graphs
         for kind in [f"{key.wanted}, masked={key.masked}" for key in (graphs.keys if graphs else [])]:
             self._graphs.setdefault(kind, line.name)
         return (sum(request.num_output for request in requests) - num_first) / seconds
@@ -215,16 +215,22 @@ class _Meter:
                 engine.llm.step()
             if on_gpu:
                 torch.cuda.synchronize(engine.device)
-        engine.llm.core.abort_all()
+        self._core_of(line).abort_all()
         device = engine.device.type.upper()
         averages: Any = profiler.key_averages  # torch does not type it
         counts = [int(event.count) for event in averages() if event.device_type.name == device]
         return round(sum(counts) / PROFILED_STEPS, 1)
 
+    def _core_of(self, line: Line) -> EngineCore:
+        core = self._engine_of(line).llm.core
+        if not isinstance(core, EngineCore):
+            raise MinisglError("this bench looks into its engine, and replicas are other processes: leave --dp out")
+        return core
+
     def _start(self, line: Line) -> Sequence[Request]:
         """Hand over the requests, and run until each has a token."""
         engine = self._engine_of(line)
-        engine.llm.core.min_jump = line.min_jump
+        self._core_of(line).min_jump = line.min_jump
         engine.llm.reset_prefix_cache()
         requests = engine.submit(self._work, [line.asked(index) for index in range(len(self._work.prompts))])
         while not all(request.num_output for request in requests):

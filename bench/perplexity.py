@@ -39,7 +39,7 @@ def run(
             folder, options = Path(place), {"load_format": "dummy", **options}
         llm = LLM(folder, **options)
     with llm:
-        vocab_size, device = llm.model_config.vocab_size, llm.core.engine.device
+        vocab_size, device = llm.model_config.vocab_size, torch.device(llm.config.device)
         rng = Random(0)
         ids = [rng.randrange(vocab_size) for _ in range(tokens)]
 

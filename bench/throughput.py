@@ -12,6 +12,7 @@ from typing import Any
 from minisgl.bench.engines import BenchEngine, MinisglEngine, find_model, open_engines
 from minisgl.bench.harness import environment, write_rows
 from minisgl.bench.workloads import Workload, load, name_of
+from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 
 
@@ -38,6 +39,8 @@ def run(
     name = name_of(workload)
     if json_path:
         write_rows(json_path, [])  # a path that cannot be written should fail now
+    if profile_dir and options.get("dp", 1) > 1:
+        raise MinisglError("--profile traces this process, and replicas are others: leave --dp out")
     if profile_dir:
         profile_dir.mkdir(parents=True, exist_ok=True)
     for engine in open_engines(folder, options, baseline):
@@ -97,7 +100,7 @@ def _trace(engine: MinisglEngine, work: Workload, folder: Path) -> None:
 def table(row: dict[str, Any]) -> str:
     """A row as text: each figure's median with its smallest and largest."""
     low, high, num_runs = min(row["seconds_all"]), max(row["seconds_all"]), len(row["seconds_all"])
-    lines = [f"{row['engine']}, {row['model']}, {row['workload']}, {row['dtype']}, {row['device']}"]
+    lines = [f"{row['engine']}, {row['model']}, {row['workload']}, {row['dtype']}, {_devices(row)}"]
     for what, tokens in (("output", row["output_tokens"]), ("input", row["prompt_tokens"])):
         spread = f"({tokens / high:,.1f} .. {tokens / low:,.1f})"
         lines.append(f"  {what + ' tokens/s':<16} {row[what + '_tokens_per_s']:,.1f}  {spread}")
@@ -107,6 +110,11 @@ def table(row: dict[str, Any]) -> str:
         lines[-1] += f", {row['cached_tokens']:,} from the cache"
     lines.append(f"  {'ready_s':<16} {row['ready_s']:.2f}")
     return "\n".join(lines)
+
+
+def _devices(row: dict[str, Any]) -> str:
+    count = row.get("num_devices", 1)
+    return f"{count} x {row['device']}" if count > 1 else str(row["device"])
 
 
 def ratio(row: dict[str, Any], baseline: dict[str, Any]) -> float:

@@ -20,7 +20,7 @@ import click
 from minisgl.batch_run.files import read_text
 from minisgl.config import EngineConfig, type_of
 from minisgl.errors import MinisglError
-from minisgl.processes import Meeting, is_of_torchrun
+from minisgl.processes import OF_REPLICA, Meeting, is_of_torchrun
 from minisgl.request import SamplingParams
 from minisgl.server.config import API_KEY_VARIABLE
 from minisgl.structured import ResponseFormat
@@ -45,27 +45,44 @@ url_option = click.option(
 def engine_options(command: Command) -> Command:
     """Flags for the fields of EngineConfig; the command gets those that were given as the dict `engine`.
 
-    Where torchrun started several processes, the first one runs the command, and the others its engine's ranks.
+    Where torchrun started several processes, the first one runs the command, and the others its engines' ranks: `tp`
+    consecutive ones hold a model.
     """
 
     @functools.wraps(command)
     def on_first_rank(engine: dict[str, Any], **values: Any) -> Any:
         if not is_of_torchrun():
             return command(engine=engine, **values)
-        size = int(os.environ["WORLD_SIZE"])
-        if engine.setdefault("tp", size) != size:
-            raise MinisglError(f"--tp is {engine['tp']}, but torchrun started {size} processes: leave --tp out")
-        if os.environ["RANK"] != "0":
-            from minisgl.worker import follow  # imports torch
-
-            return follow()
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        tp = engine["tp"] = engine.get("tp") or size // engine.get("dp", 1)
+        dp = engine["dp"] = engine.get("dp") or size // tp
+        if tp * dp != size:
+            raise MinisglError(
+                f"torchrun started {size} processes, which is not --tp x --dp ({tp} x {dp}): leave one of the two out, "
+                "or start as many"
+            )
+        if rank:
+            return _follow(rank, tp, dp)
         try:
             return command(engine=engine, **values)
         finally:
             if size > 1:
-                Meeting.join().announce(None)  # where no engine was needed, the other ranks still wait for one
+                Meeting.join().dismiss(tp)  # where no engine was needed, the other ranks still wait for one
 
     return table_options(typing.cast(Command, on_first_rank), EngineConfig, "engine", title="Engine")
+
+
+def _follow(rank: int, tp: int, dp: int) -> None:
+    if dp > 1:
+        os.environ[OF_REPLICA] = str(rank // tp)
+    if dp > 1 and rank % tp == 0:
+        from minisgl.replica import join  # imports torch
+
+        join()
+    else:
+        from minisgl.worker import follow
+
+        follow(tp)
 
 
 def sampling_options(command: Command) -> Command:

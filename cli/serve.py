@@ -6,7 +6,6 @@ Parses flags, prints where it listens. Everything else is in minisgl.server.
 import importlib.util
 import json
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +53,6 @@ def serve(model: str | None, origins: tuple[str, ...], server: dict[str, Any], e
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MinisglError(f'{missing[0]} is not installed: pip install "minisgl[serve]"')
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise MinisglError("minisgl serve runs on one GPU: start it without torchrun")
     from minisgl.server.config import ServerConfig
     from minisgl.server.serve import serve as run
 

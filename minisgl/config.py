@@ -113,7 +113,8 @@ class EngineConfig:
     )
     tool_parser: str = option("auto", "How answers write tool calls; auto looks at the chat template.", choices=FORMATS)
     tp: int = option(1, "GPUs (with --device cpu: processes) that hold the model; torchrun sets it.", low=1, high=64)
-    watchdog_s: float = option(20.0, "With --tp, end the job when a step takes longer: a rank hangs.", low=1)
+    dp: int = option(1, "Engines, each on --tp GPUs of its own, that share the work.", low=1, high=64)
+    watchdog_s: float = option(20.0, "With --tp or --dp, end the job when a step takes longer: it hangs.", low=1)
     seed: int = option(0, "Seed of requests that name none, and of dummy weights.", low=0, high=2**63 - 1)
 
     def __post_init__(self) -> None:

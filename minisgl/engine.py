@@ -9,6 +9,7 @@ Knows tensors and memory. Does not know scheduling, text or files.
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -117,6 +118,12 @@ class Engine:
     def watched(self) -> AbstractContextManager[None]:
         """Around a step and the wait for its results. One rank alone has nobody to watch."""
         return nullcontext()
+
+    def check(self) -> None:
+        """MinisglError when a rank has failed."""
+
+    def on_hang(self, say: Callable[[str], object]) -> None:
+        """What to do with the line that says which rank hangs, before the process ends, instead of printing it."""
 
     def empty_cache(self) -> None:
         """Give back what torch keeps of freed memory, so that it can be had in other sizes."""

@@ -9,8 +9,7 @@ Knows requests and the parts of the engine by their interface. Does not know tex
 
 import logging
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,16 @@ import numpy.typing as npt
 import torch
 
 from minisgl.config import EngineConfig
+from minisgl.core import Core, CoreStats
 from minisgl.engine import Engine
-from minisgl.errors import MinisglError, RequestError
+from minisgl.errors import MinisglError
 from minisgl.forward import Forward, HostLogprobs, StepResults
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import GenerationDefaults
 from minisgl.page_pool import PagePool
 from minisgl.planner import plan_order
 from minisgl.radix_cache import RadixCache
-from minisgl.request import MAX_BIASES, Pooling, Request, SamplingParams, TokenLogprobs
+from minisgl.request import Request, TokenLogprobs
 from minisgl.resolve import resolve
 from minisgl.scheduler import Scheduler, Step
 from minisgl.structured import Matcher, fill_masks
@@ -36,23 +36,6 @@ log = logging.getLogger("minisgl")
 # Forced tokens that are computed at once, in a step which is not captured. An estimate: `minisgl bench features` shows
 # from how many on that pays.
 MIN_JUMP = 8
-
-DEFAULTS = SamplingParams(
-    max_tokens=1024,
-    min_tokens=0,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    n=1,
-    ignore_eos=False,
-    include_stop_str=False,
-    skip_special_tokens=True,
-    echo=False,
-)
 
 
 @dataclass
@@ -64,17 +47,14 @@ class InFlight:
     results: StepResults | None = None  # None until it is sampled
 
 
-class EngineCore:
-    """A model on one device and the requests that it answers. Raises MinisglError when it cannot start."""
+class EngineCore(Core):
+    """A model on one device, or on several ranks. Raises MinisglError when it cannot start."""
 
     def __init__(
         self, asked: EngineConfig, model_config: ModelConfig, folder: Path, defaults: GenerationDefaults
     ) -> None:
-        self.model_config = model_config
-        self.eos_ids = defaults.eos_ids
-        self._default_params = DEFAULTS.merge(vars(defaults.sampling))
         self.engine = _new_engine(resolve(asked, model_config), model_config, folder)
-        self.config = self.engine.config
+        super().__init__(self.engine.config, model_config, defaults)
         cache = RadixCache(self.config.page_size, self.config.evict) if self.config.cache == "radix" else None
         pool = PagePool(self.engine.num_pages, self.config.page_size)
         self.scheduler = Scheduler(
@@ -85,108 +65,39 @@ class EngineCore:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that wait or run."""
         return self.scheduler.num_unfinished
 
+    def stats(self) -> CoreStats:
+        scheduler, page_size = self.scheduler, self.config.page_size
+        return CoreStats(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.pool.num_pages * page_size,
+            scheduler.pool.num_free * page_size,
+            scheduler.cache.num_evictable * page_size if scheduler.cache else 0,
+            scheduler.num_preemptions,
+        )
+
+    def check(self) -> None:
+        self.engine.check()
+
     def close(self) -> None:
-        """Give the device's memory back."""
         self.abort_all()
         self.engine.close()
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix that no running request uses."""
         if self.scheduler.cache:
             self.scheduler.pool.free(self.scheduler.cache.clear())
 
     # -- requests --
 
-    def new_request(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        index: int,
-        scored_from: int | None = None,
-        target: int | None = None,
-        pooling: Pooling | None = None,
-        bans: Sequence[Sequence[int]] = (),
-        matcher: Matcher | None = None,
-    ) -> Request:
-        """Check a prompt and fill in the parameters that it leaves open; RequestError says what is wrong.
-
-        `index` identifies the request for the caller. Where `params` has no seed, one is drawn from it and the engine's
-        seed, so that equal prompts differ and the same job gives the same text again. `scored_from`, `target`,
-        `pooling`, `bans`, `matcher`: see `Request`.
-        """
-        max_len = self.engine.max_len
-        if not len(prompt_ids):
-            raise RequestError("the prompt has no tokens: give it at least one", "invalid_prompt")
-        try:
-            ids = np.asarray(prompt_ids)
-        except ValueError:  # nested lists of different lengths
-            ids = np.empty((0, 0))
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
-        self._check_ids(ids, "")
-        if target is not None:
-            self._check_ids(np.array([target]), "")
-        if len(ids) >= max_len:
-            remedy = "shorten it"
-            if max_len < self.model_config.max_position_embeddings:
-                remedy += ", or raise --max-len (and, where KV memory is the limit, --memory-fraction or --num-pages)"
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, and the context of {max_len:,} must hold it and the output: "
-                f"{remedy}",
-                "prompt_too_long",
-            )
-        full = self._default_params.merge(vars(params))
-        if full.seed is None:
-            full = replace(full, seed=mix(self.config.seed, index))
-        assert full.max_tokens is not None and full.min_tokens is not None
-        if full.min_tokens > full.max_tokens:
-            raise RequestError(f"min_tokens is {full.min_tokens}, above max_tokens, which is {full.max_tokens}")
-        self._check_ids(np.array(full.stop_token_ids, np.int64), "stop_token_ids: ")
-        self._check_ids(np.array(list(full.logit_bias or ()), np.int64), "logit_bias: ")
-        if scored_from is None and full.prompt_logprobs is not None:
-            scored_from = 1
-        total = min(len(ids) + full.max_tokens, max_len)
-        request = Request(
-            index,
-            ids,
-            full,
-            total,
-            self.eos_ids,
-            scored_from=scored_from,
-            target=target,
-            pooling=pooling,
-            bans=bans,
-            matcher=matcher,
-        )
-        if len(request.biases) > MAX_BIASES:
-            raise RequestError(
-                f"logit_bias and, with min_tokens, the stop ids are {len(request.biases)} ids; at most {MAX_BIASES} "
-                "are allowed"
-            )
-        return request
-
-    def _check_ids(self, ids: npt.NDArray[np.integer], place: str) -> None:
-        """RequestError unless all ids are in the vocabulary."""
-        vocab_size = self.model_config.vocab_size
-        for extreme in (ids.min(), ids.max()) if len(ids) else ():
-            if not 0 <= extreme < vocab_size:
-                raise RequestError(
-                    f"{place}token id {extreme} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
-                )
-
     def submit(self, requests: list[Request]) -> None:
-        """Queue a burst, ordered so that shared prefixes are neighbours."""
         if self.engine.closed:
             raise MinisglError("this LLM is closed: make a new one")
         for request in plan_order(requests, self.config.page_size, self.engine.device):
             self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """End a request now, whatever it is doing; its pages are free for others. One that ended stays as it is."""
         if not request.retired:
             request.finish_reason = request.finish_reason or "abort"
             self.scheduler.retire(request)
@@ -196,7 +107,6 @@ class EngineCore:
             self.abort(request)
 
     def drop_waiting(self) -> list[Request]:
-        """Take back the requests that wait, and return them; those that run go on."""
         dropped = list(self.scheduler.waiting)
         for request in dropped:
             self.abort(request)
@@ -339,12 +249,3 @@ def _token_logprobs(token: int, logprobs: HostLogprobs, place: int, num_top: int
     likeliest = zip(logprobs.top_ids[place, :num_top].tolist(), logprobs.top[place, :num_top].tolist(), strict=True)
     top = tuple((other, value) for other, value in likeliest if other >= 0)  # fewer where all else is banned
     return TokenLogprobs(token, float(logprobs.of_ids[place]), top)
-
-
-def mix(seed: int, index: int) -> int:
-    """A 63-bit seed from two numbers: SplitMix64's finaliser (Steele et al., 2014)."""
-    mask = 2**64 - 1
-    mixed = (seed + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
-    return (mixed ^ (mixed >> 31)) >> 1

@@ -3,7 +3,7 @@
     with LLM("path/to/model") as llm:
         results = llm.generate(["Hello", "Good morning"], SamplingParams(temperature=0))
 
-Knows text: tokenizer, chat template, stop strings, streams. What runs when, and how, is `EngineCore`'s.
+Knows text: tokenizer, chat template, stop strings, streams. What runs when, and how, is `Core`'s.
 """
 
 from collections import deque
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from minisgl.bad_words import bans_of
 from minisgl.chat import ChatFormat, ChatPrompt
 from minisgl.config import EngineConfig
+from minisgl.core import open_core
 from minisgl.detokenizer import Detokenizer
-from minisgl.engine_core import EngineCore
 from minisgl.errors import MinisglError, RequestError
 from minisgl.messages import Messages
 from minisgl.models.config import ModelConfig
@@ -88,8 +88,8 @@ class Output:
 
 
 class LLM:
-    """A model on one device. `model` is a folder, a Hugging Face id, or None for the demo model that ships with the
-    package; options are the fields of `EngineConfig`.
+    """A model on one device or several. `model` is a folder, a Hugging Face id, or None for the demo model that ships
+    with the package; options are the fields of `EngineConfig`.
 
     Raises MinisglError when the model, the device or an option cannot be used; its message says what to do.
     """
@@ -105,7 +105,7 @@ class LLM:
         # Token ids in and out need no tokenizer; text does, and `tokenizer` then says that there is none.
         self._tokenizer = Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
         eos_id = self._tokenizer.eos_id if self._tokenizer else None
-        self.core = EngineCore(asked, self.model_config, folder, generation_defaults(folder, self.model_config, eos_id))
+        self.core = open_core(asked, self.model_config, folder, generation_defaults(folder, self.model_config, eos_id))
         self.config = self.core.config
         # Requests whose text is made while they run: for stop strings, or for a stream.
         self._outputs: dict[Request, Output] = {}
@@ -293,7 +293,7 @@ class LLM:
         pooling: Pooling | None = None,
         thinks: bool = False,
     ) -> Request:
-        """A request for `submit`; RequestError says what is wrong with it. See `EngineCore.new_request`. `thinks`: the
+        """A request for `submit`; RequestError says what is wrong with it. See `Core.new_request`. `thinks`: the
         answer begins with thinking, which response_format leaves free."""
         if self._tokenizer is None:
             needs = ("stop", "bad_words", "response_format", "echo")
@@ -327,7 +327,7 @@ class LLM:
                 self._outputs[request] = Output(request, self.tokenizer, streamed)
 
     def step(self) -> list[tuple[Request, Result]]:
-        """Run a step of `EngineCore`; returns the requests that ended. Streamed ones are answered by their streams."""
+        """Run a step of the engine; returns the requests that ended. Streamed ones are answered by their streams."""
         ended = []
         for request in self.core.step():
             output = self._outputs.get(request)

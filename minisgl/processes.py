@@ -1,12 +1,14 @@
 """The processes of one job: how they start, meet, say what went wrong, and end together.
 
-The first rank starts the others itself, or torchrun starts all. They meet at a small key-value store, which the first
-rank (or torchrun) keeps on a free port; without torchrun all ports are of 127.0.0.1 alone. Besides torch.distributed,
-which needs it to begin, it holds
+The first rank starts the others itself, or torchrun starts all. The ranks that hold one model together meet at a small
+key-value store, which the first rank (or torchrun) keeps on a free port; without torchrun all ports are of 127.0.0.1
+alone. Besides torch.distributed, which needs it to begin, it holds
 
     job          what the others are to do, JSON; empty: nothing
     beat/RANK    a number that grows while the process lives, and how far it has come
     failed/RANK  why a rank ended
+
+Torchrun's store holds this for each replica (`Meeting.join`), and another `job` for their first ranks.
 
 Knows processes and signals of life. Does not know what they compute.
 """
@@ -17,7 +19,11 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +36,8 @@ LOCALHOST = "127.0.0.1"
 CONNECT_S = 60.0
 EXIT_S = 10.0  # for a process that was asked to end
 FAILED = 2  # exit code
+OF_REPLICA = "MINISGL_REPLICA"  # in the environment where another process hands out the work, and says what failed
+TOKEN_BYTES = 32
 
 
 class Place(NamedTuple):
@@ -50,12 +58,19 @@ def is_of_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_on_this_machine(num_processes: int) -> bool:
+    """Whether torchrun has each group of so many consecutive processes on one machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes)) % num_processes == 0
+
+
 class Meeting:
     """The store of a job, as one process reaches it."""
 
-    def __init__(self, place: Place, host: str, port: int, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self, place: Place, host: str, port: int, listener: socket.socket | None = None, prefix: str = "minisgl"
+    ) -> None:
         """`listener` makes this process the one that keeps the store. MinisglError when it cannot be reached."""
-        self.place, self.host, self.port = place, host, port
+        self.place, self.host, self.port, self.prefix = place, host, port, prefix
         self.store = self._connect(listener)
 
     @classmethod
@@ -63,31 +78,45 @@ class Meeting:
         """Of a first rank that starts the others itself."""
         _stay_on_this_machine()
         listener = socket.create_server((LOCALHOST, 0))
-        return cls(Place(0, size, 0), LOCALHOST, listener.getsockname()[1], listener)
+        return cls(Place(0, size, 0), LOCALHOST, listener.getsockname()[1], listener, "minisgl/0")
 
     @classmethod
-    def join(cls) -> "Meeting":
-        """Where the environment says that it is."""
-        place = Place.given()
+    def join(cls, size: int | None = None) -> "Meeting":
+        """Where the environment says that it is: of all processes, or of those `size` that hold one model."""
+        place, prefix = Place.given(), "minisgl"
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if os.environ.get("LOCAL_WORLD_SIZE", str(place.size)) == str(place.size):
+        listener = None
+        if place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            with suppress(OSError):  # this process, or the one that started it, keeps the store already
+                listener = socket.create_server((host, port))
+        if size:
+            prefix = f"minisgl/{place.rank // size}"
+            place = Place(place.rank % size, size, place.local_rank)
+        if is_on_this_machine(place.size):
             _stay_on_this_machine()
-        keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return cls(place, host, port, socket.create_server((host, port)) if keeps else None)
+        return cls(place, host, port, listener, prefix)
 
     def again(self) -> "Store":
         """A connection of its own, for another thread."""
         return self._connect(None)
 
-    def announce(self, job: dict[str, Any] | None) -> None:
+    def announce(self, job: dict[str, Any] | None, key: str = "job") -> None:
         """Say what the others are to do; None: nothing. The first word counts."""
-        if not self.store.check(["job"]):
-            self.store.set("job", json.dumps(job) if job else "")
+        if not self.store.check([key]):
+            self.store.set(key, json.dumps(job) if job else "")
+
+    def dismiss(self, size: int) -> None:
+        """Let all processes end that still wait for what they are to do, in groups of `size`."""
+        for key in ("job", *(f"{replica}/job" for replica in range(self.place.size // size))):
+            self.announce(None, key)
 
     def await_job(self) -> dict[str, Any] | None:
         """What the first rank announces, however long that takes."""
-        self.store.wait(["job"], timedelta(days=7))
-        text = self.store.get("job")
+        try:
+            self.store.wait(["job"], timedelta(days=7))
+            text = self.store.get("job")
+        except RuntimeError as error:
+            raise MinisglError("rank 0 is gone") from error
         job: dict[str, Any] | None = json.loads(text) if text else None
         return job
 
@@ -106,35 +135,25 @@ class Meeting:
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise MinisglError(f"rank {self.place.rank} cannot reach {self.host}:{self.port} ({reason})") from error
-        return PrefixStore("minisgl", store)
+        return PrefixStore(self.prefix, store)
 
 
 class Followers:
     """The other ranks' processes, where the first one started them. They end when it does, also when it is killed:
     each waits for the end of its standard input."""
 
-    def __init__(self, meeting: Meeting) -> None:
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    def __init__(self, meeting: Meeting, num_threads: int) -> None:
+        """num_threads: for the torch of each, on a CPU."""
         shared = {"WORLD_SIZE": meeting.place.size, "MASTER_ADDR": meeting.host, "MASTER_PORT": meeting.port}
-        cores = {"OMP_NUM_THREADS": max(1, (os.cpu_count() or 1) // meeting.place.size)}
+        shared["OMP_NUM_THREADS"] = num_threads
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         for rank in range(1, meeting.place.size):
-            own = {**cores, **os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "PYTHONPATH": path}
-            self.processes[rank] = subprocess.Popen(
-                [sys.executable, "-m", "minisgl.worker"],
-                env={name: str(value) for name, value in own.items()},
-                stdin=subprocess.PIPE,
-                stdout=sys.stderr.fileno() if _is_open(sys.stderr) else subprocess.DEVNULL,  # results go to stdout
-                start_new_session=True,  # Ctrl-C is the first rank's to handle
-            )
+            own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+            self.processes[rank] = start_module("minisgl.worker", environment=own)
 
     def ended(self, rank: int) -> str | None:
         """How a rank's process ended, in words; None while it runs."""
-        code = self.processes[rank].poll() if rank in self.processes else None
-        if code is None:
-            return None
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return how_it_ended(self.processes[rank]) if rank in self.processes else None
 
     def wait(self) -> None:
         """They were asked to end: wait for them, and kill those that do not."""
@@ -146,12 +165,76 @@ class Followers:
         self.kill()
 
     def kill(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-        for process in self.processes.values():
-            process.wait()
-            if process.stdin:
-                process.stdin.close()
+        end(self.processes.values())
+
+
+def start_module(
+    module: str, *arguments: str, environment: Mapping[str, object], fds: Iterable[int] = ()
+) -> "subprocess.Popen[bytes]":
+    """Start a module of this package in a process of its own."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env={
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # else a rank whose store went away prints 20 lines of C++
+            **os.environ,
+            **{name: str(value) for name, value in environment.items()},
+            "PYTHONPATH": path,
+        },
+        stdin=subprocess.PIPE,
+        stdout=sys.stderr.fileno() if _is_open(sys.stderr) else subprocess.DEVNULL,  # results go to stdout
+        start_new_session=True,  # Ctrl-C is the first rank's to handle
+        pass_fds=tuple(fds),
+    )
+
+
+def how_it_ended(process: "subprocess.Popen[bytes]") -> str | None:
+    """In words; None while it runs."""
+    code = process.poll()
+    if code is None:
+        return None
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def end(processes: Iterable["subprocess.Popen[bytes]"]) -> None:
+    """Kill those that still run."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
+
+
+def accept(meeting: Meeting, count: int, job: dict[str, Any]) -> "list[Connection[bytes, bytes]]":
+    """Announce a job, and wait for the connections of as many processes that know from it how to `connect`."""
+    token = os.urandom(TOKEN_BYTES)
+    host = LOCALHOST if is_on_this_machine(meeting.place.size) else ""
+    connections: list[Connection[bytes, bytes]] = []
+    with Listener((host, 0), "AF_INET", backlog=count, authkey=token) as listener:
+        meeting.announce({**job, "port": listener.address[1], "token": token.hex()})
+        while len(connections) < count:
+            with suppress(AuthenticationError, EOFError, OSError):  # somebody else's, or one that went away
+                connections.append(_at_once(listener.accept()))
+    return connections
+
+
+def connect(meeting: Meeting, job: dict[str, Any]) -> "Connection[bytes, bytes]":
+    """See `accept`."""
+    host = LOCALHOST if is_on_this_machine(meeting.place.size) else meeting.host
+    try:
+        return _at_once(Client((host, job["port"]), authkey=bytes.fromhex(job["token"])))
+    except (OSError, EOFError, AuthenticationError) as error:
+        reason = f"{host}:{job['port']} ({error}): let ports above 1023 through between the machines of the job"
+        raise MinisglError(f"rank {meeting.place.rank} cannot reach {reason}") from error
+
+
+def _at_once(connection: "Connection[bytes, bytes]") -> "Connection[bytes, bytes]":
+    """A connection that does not hold small messages back."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 def when_the_first_rank_ends(action: Any) -> None:

@@ -25,6 +25,7 @@ MAX_BANS = 2 * MAX_BAD_WORDS  # a word is spelt differently behind a space
 MAX_BAN_TOKENS = 8
 MAX_BIASES = 512  # of `logit_bias`, and of the stop ids that `min_tokens` holds back
 BIAS_RANGE = 100
+NOT_OF_ENGINE = ("n", "stop", "bad_words", "echo", "truncate_prompt_tokens", "response_format")
 CHOICE_STRIDE = 1 << 40  # between the indices of the requests for one prompt's answers: no job has so many prompts
 
 
@@ -104,6 +105,12 @@ class SamplingParams:
     def of_choice(self, place: int) -> "SamplingParams":
         """Of one of the `n` answers to a prompt: their seeds differ."""
         return self if not place or self.seed is None else replace(self, seed=(self.seed + place) % 2**63)
+
+    def for_engine(self) -> dict[str, Any]:
+        """The fields that an engine reads and that are given; JSON can hold them. Of one prompt several answers are
+        several requests, and text is not the engine's."""
+        given = {name: value for name, value in vars(self).items() if value is not None and value != ()}
+        return {name: value for name, value in given.items() if name not in NOT_OF_ENGINE}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 Knows the machine and the model's config. Allocates nothing.
 """
 
+import os
 from dataclasses import replace
 
 import torch
@@ -10,16 +11,19 @@ import torch
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
+from minisgl.processes import is_of_torchrun
 
 
 def resolve(config: EngineConfig, model_config: ModelConfig) -> EngineConfig:
     """The same config with no "auto" and no max_len of None left. Raises MinisglError for what cannot be."""
     device = resolve_device(config.device)
-    num_gpus = torch.cuda.device_count()
-    if config.tp > 1 and device.type == "cuda" and (device.index or config.tp > num_gpus):
+    num_gpus, needed = torch.cuda.device_count(), config.tp * config.dp
+    if is_of_torchrun():
+        needed = min(needed, int(os.environ["LOCAL_WORLD_SIZE"]))  # the others are of other machines
+    if config.tp * config.dp > 1 and device.type == "cuda" and (device.index or needed > num_gpus):
         raise MinisglError(
-            f"tp is {config.tp} and device {device}: ranks take the first GPUs of {num_gpus} that CUDA_VISIBLE_DEVICES "
-            "shows; leave --device out and lower --tp, or show others"
+            f"tp is {config.tp}, dp {config.dp} and device {device}: the first {needed} of the {num_gpus} GPUs that "
+            "CUDA_VISIBLE_DEVICES shows are taken; leave --device out and lower --tp or --dp, or show others"
         )
     room = config.max_running + config.page_size
     if config.max_step_tokens < room:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from minisgl.errors import MinisglError
-from minisgl.processes import FAILED, Followers, Meeting, is_of_torchrun
+from minisgl.processes import FAILED, OF_REPLICA, Followers, Meeting, is_of_torchrun
 
 BEAT_S = 0.5
 SILENT_S = 15.0  # without a beat: stopped, or its machine is gone
@@ -31,6 +31,7 @@ class Watch:
         self.place = meeting.place
         self.progress: Callable[[], int] = lambda: 0
         self.failure: str | None = None  # of the job, once it is known
+        self.say: Callable[[str], object] = print_failure  # before this process ends, where nobody else says why
         self._store = meeting.again()
         self._followers = followers
         self._known = threading.Event()  # there is a failure
@@ -137,14 +138,19 @@ class Watch:
         self.failure = failure
         self._known.set()
         if self.place.rank != 0:
-            if self.place.rank == 1:  # one line, and not one of each rank
-                print(f"Error: {failure}", file=sys.stderr, flush=True)
+            if self.place.rank == 1 and OF_REPLICA not in os.environ:  # one line, and not one of each rank
+                self.say(failure)
             os._exit(FAILED)
         if self._busy and not self._told.wait(EXPLAIN_S) and self._busy:
             if self._followers:
                 self._followers.kill()
-            print(f"Error: {failure}", file=sys.stderr, flush=True)
+            self.say(failure)
             os._exit(FAILED)
+
+
+def print_failure(failure: str) -> None:
+    """On stderr, where nobody else does."""
+    print(f"Error: {failure}", file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,8 +10,8 @@ they would not: then the job ends. Knows processes, plans and engines. Does not 
 import atexit
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -42,19 +42,18 @@ class LeadingEngine(Engine):
                 "this process is part of torch.distributed already: close its other LLM that has tp, or start a new "
                 "process where one failed"
             )
-        self._meeting = Meeting.join() if is_of_torchrun() else Meeting.open(config.tp)
-        if self._meeting.place.size != config.tp:
-            raise MinisglError(f"tp is {config.tp}, but torchrun started {self._meeting.place.size} processes")
+        self._meeting = Meeting.join(config.tp) if is_of_torchrun() else Meeting.open(config.tp)
         self._writer = PlanWriter()
         self._limit_s = config.watchdog_s
-        self._followers = None if is_of_torchrun() else Followers(self._meeting)
-        self._watch = Watch(self._meeting, self._followers)
-        self._in_step = True  # as the other ranks are
         # On a CPU, ranks share the cores: threads that spin for work would take them from the rank that is waited for.
         self._threads = torch.get_num_threads()
+        num_threads = max(1, self._threads // config.tp)
+        self._followers = None if is_of_torchrun() else Followers(self._meeting, num_threads)
+        self._watch = Watch(self._meeting, self._followers)
+        self._in_step = True  # as the other ranks are
         self._on_cpu = config.device == "cpu"
-        if self._on_cpu:
-            torch.set_num_threads(max(1, self._threads // config.tp))
+        if self._on_cpu and not is_of_torchrun():  # which has set OMP_NUM_THREADS
+            torch.set_num_threads(num_threads)
         atexit.register(self.close)
         try:
             with self._watch.busy(), self._together():
@@ -67,6 +66,12 @@ class LeadingEngine(Engine):
 
     def watched(self) -> AbstractContextManager[None]:
         return self._watch.busy(self._limit_s)
+
+    def check(self) -> None:
+        self._watch.check()
+
+    def on_hang(self, say: Callable[[str], object]) -> None:
+        self._watch.say = say
 
     def forward(self, step: Step, *, masked: bool = False) -> Forward:
         with self._together():
@@ -84,7 +89,8 @@ class LeadingEngine(Engine):
         self._watch.close()
         torch.set_num_threads(self._threads)
         if self._in_step and not self.closed:
-            self.group.send(CLOSE)
+            with suppress(RuntimeError):  # a rank is gone, and nobody has stepped since
+                self.group.send(CLOSE)
             super().close()
             self.group.close()
             stop_processes()
@@ -112,12 +118,15 @@ class LeadingEngine(Engine):
             raise MinisglError(cause) from error
 
 
-def follow() -> None:
-    """Be one of the other ranks, until the first one ends the job. Ends the process when anything fails."""
+def follow(size: int) -> None:
+    """Be one of the other ranks of `size` that hold a model, until the first one ends the job. Ends the process when
+    anything fails."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank's to handle
-    meeting = Meeting.join()
+    meeting = Meeting.join(size)
     watch = Watch(meeting)
-    if not is_of_torchrun():
+    if is_of_torchrun():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the first rank may finish what runs
+    else:
         when_the_first_rank_ends(lambda: watch.fail("rank 0 is gone"))
     job = meeting.await_job()
     if job is None:
@@ -162,4 +171,4 @@ def _of_rank(config: EngineConfig, meeting: Meeting) -> EngineConfig:
 
 
 if __name__ == "__main__":
-    follow()
+    follow(int(os.environ["WORLD_SIZE"]))

@@ -50,7 +50,7 @@ def answers(llm):
     again = llm.generate(prompts[5:6], params_of_all_kinds()[5:6])
     scores = llm.score(prompts[4:6], [[1, 2, 3], [4]])
     vectors = [one.vector.tolist() for one in llm.embed(prompts[2:5], pooling="mean")]
-    assert llm.core.scheduler.num_preemptions and again[0].usage.cached_tokens
+    assert again[0].usage.cached_tokens
     logprobs = [[(one.logprob, one.top) for one in each.logprobs or each.prompt_logprobs or ()] for each in results]
     return (
         [([choice.token_ids for choice in one.choices], one.token_ids, one.usage) for one in results + again],
@@ -63,7 +63,9 @@ def answers(llm):
 @pytest.fixture(scope="module")
 def expected(folder):
     with LLM(folder, **SMALL) as llm:
-        return answers(llm)
+        found = answers(llm)
+        assert llm.core.stats().preemptions
+        return found
 
 
 @pytest.mark.parametrize("tp, overlap", [(2, True), (4, False)])
@@ -71,6 +73,7 @@ def test_answers_are_those_of_one_rank(folder, expected, tp, overlap):
     with LLM(folder, **SMALL, tp=tp, overlap=overlap) as llm:
         assert isinstance(llm.core.engine, LeadingEngine)
         ids, top_ids, *numbers = answers(llm)
+        assert llm.core.stats().preemptions
         processes = list(llm.core.engine._followers.processes.values())
     assert (ids, top_ids) == expected[:2]
     for found, of_one in zip(numbers, expected[2:], strict=True):

@@ -19,7 +19,7 @@ MANIFEST_SUFFIX = ".manifest.json"
 # dtype is recorded as it was resolved: "auto" is another one on another device.
 UNRECORDED = (
     *("dtype", "device", "max_running", "max_step_tokens", "page_size", "max_graph_batch", "overlap", "num_pages"),
-    *("memory_fraction", "cache", "cascade", "evict", "tp", "watchdog_s"),
+    *("memory_fraction", "cache", "cascade", "evict", "tp", "dp", "watchdog_s"),
 )
 # Of a larger file, one of weights, so many samples count, evenly spread: another training changes all of it. Reading 8B
 # weights whole takes half a minute from a disk.

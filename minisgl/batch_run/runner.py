@@ -85,7 +85,7 @@ class BatchRun:
         self.return_token_ids, self.max_errors = return_token_ids, max_errors
         # Four bursts are in flight at most: one being made, one ready, and two in the engine, which gets the next when
         # a burst's worth is left.
-        self.burst = max(1, (max_inflight or max(MIN_INFLIGHT, 4 * llm.config.max_running)) // (4 * n))
+        self.burst = max(1, (max_inflight or max(MIN_INFLIGHT, 4 * llm.config.max_running * llm.config.dp)) // (4 * n))
         self.should_stop, self.on_progress = should_stop, on_progress
         self.summary = Summary()
         self._pending: dict[int, Pending] = {}  # by row index

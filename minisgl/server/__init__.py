@@ -2,7 +2,7 @@
 
     config          every setting of the server; the flags are made from it
     protocol        the messages between the two processes
-    engine_process  EngineCore in a loop
+    engine_process  the engine in a loop
     engine_client   the engine as the API process sees it: start, generate, abort, restart
     answering       prompts -> token ids -> engine -> pieces of text
     completions, responses, native   what the routes do: OpenAI's forms, SGLang's

@@ -34,7 +34,9 @@ class ServerConfig:
     )
     drain_s: float = option(30.0, "Seconds that running requests get to finish after SIGTERM.", low=0)
     restart: str = option(
-        "always", "What follows when the engine process dies: always starts it again.", choices=("always", "never")
+        "always",
+        "What follows when the engine dies: always starts it again, but where torchrun did, the server ends.",
+        choices=("always", "never"),
     )
     files_dir: str | None = option(
         None, "Folder for /v1/files and /v1/batches, which go on after a restart. [default: a temporary one]"

@@ -95,6 +95,7 @@ class EngineClient:
         self.ready: Ready | None = None
         self.stats = Stats()
         self.num_restarts = 0
+        self.given_up = asyncio.Event()  # it died, and does not come back
         self._generations: dict[int, Generation] = {}
         self._ids = itertools.count()
         self._context = zmq.asyncio.Context()
@@ -150,17 +151,17 @@ class EngineClient:
         grammar_after: int | None = None,
         pooling: Pooling | None = None,
     ) -> Generation:
-        """Submit a prompt. `index` and `bans`: see `EngineCore.new_request`; `grammar_after` and `pooling`: see Submit.
+        """Submit a prompt. `index` and `bans`: see `Core.new_request`; `grammar_after` and `pooling`: see Submit.
         EngineDied when there is no engine."""
         if self.ready is None:
             raise EngineDied("the engine is starting")
         generation = Generation(self, next(self._ids))
-        given = {name: value for name, value in vars(params).items() if value is not None and value != ()}
-        # Of one prompt several answers are several requests, and text is not the engine's.
-        for name in ("n", "stop", "bad_words", "echo", "truncate_prompt_tokens", "response_format"):
-            given.pop(name, None)
         form = vars(params.response_format) if params.response_format else None
-        self._send(Submit(generation.id, list(prompt_ids), given, index, list(bans), form, grammar_after, pooling))
+        self._send(
+            Submit(
+                generation.id, list(prompt_ids), params.for_engine(), index, list(bans), form, grammar_after, pooling
+            )
+        )
         self._generations[generation.id] = generation
         return generation
 
@@ -186,7 +187,7 @@ class EngineClient:
             await self._end_process()
             self._fail_all()
             if not self.restarts:
-                log.error("the engine process has died and --restart is never: restart the server")
+                self.given_up.set()
                 return
             while self.ready is None:
                 log.warning("the engine process has died: starting it again")

@@ -1,8 +1,8 @@
-"""The engine process: requests of token ids come by the socket, EngineCore answers them step by step.
+"""The engine process: requests of token ids come by the socket, the engine answers them step by step.
 
     python -m minisgl.server.engine_process SOCKET
 
-Knows messages and EngineCore. Does not know text or HTTP. It ends with the process that started it: its stdin is a pipe
+Knows messages and `Core`. Does not know text or HTTP. It ends with the process that started it: its stdin is a pipe
 that closes then, whatever a step is doing.
 """
 
@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
@@ -17,10 +18,11 @@ from typing import NoReturn
 import zmq
 
 from minisgl.config import EngineConfig
-from minisgl.engine_core import EngineCore
+from minisgl.core import Core, CoreStats, open_core
 from minisgl.errors import MinisglError, RequestError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
+from minisgl.processes import FAILED
 from minisgl.request import Request, SamplingParams
 from minisgl.server import protocol
 from minisgl.server.protocol import Abort, Begin, CannotStart, Flush, Message, Ready, Refused, Stats, Submit, Tokens
@@ -30,12 +32,14 @@ from minisgl.tokenizer import Tokenizer
 log = logging.getLogger("minisgl")
 
 COMPILING_POLL_MS = 1
+IDLE_POLL_MS = 250  # then it looks whether other ranks live, and whether it shall end
+CLOSE_S = 3.0  # until it ends whatever it does
 
 
 class EngineProcess:
-    """Serves one EngineCore over `socket`."""
+    """Serves an engine, or several, over `socket`."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", core: EngineCore, folder: Path) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", core: Core, folder: Path) -> None:
         self._socket = socket
         self._core = core
         self._folder = folder
@@ -46,26 +50,32 @@ class EngineProcess:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammars")  # they take up to seconds
         self._compiling: dict[int, tuple[Submit, Future[Matcher]]] = {}
 
-    def run(self) -> NoReturn:
-        while True:
-            changed = self._receive()
-            progressed = self._core.step() if self._core.num_unfinished else []
-            if progressed or changed:
+    def run(self, ending: threading.Event) -> None:
+        """Until `ending` is set. MinisglError when a rank or a replica has failed."""
+        told: CoreStats | None = None
+        while not ending.is_set():
+            self._receive()
+            if self._core.num_unfinished:
+                progressed = self._core.step()
+            else:
+                progressed = []
+                self._core.check()
+            stats = self._core.stats()
+            if progressed or stats != told:
                 tokens = [self._tokens(request) for request in progressed]
-                send(self._socket, protocol.Stepped(tokens, self._stats()))
+                send(self._socket, protocol.Stepped(tokens, Stats(*stats)))
+                told = stats
 
-    def _receive(self) -> bool:
-        """Take in all messages that are there; wait for one when nothing else is to do. True when there were any."""
+    def _receive(self) -> None:
+        """Take in all messages that are there; wait for one when nothing else is to do."""
         submitted: list[Request] = []
-        received = False
         if not self._core.num_unfinished:
-            self._socket.poll(COMPILING_POLL_MS if self._compiling else None)
+            self._socket.poll(COMPILING_POLL_MS if self._compiling else IDLE_POLL_MS)
         while True:
             try:
                 message = protocol.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
             except zmq.Again:
                 break
-            received = True
             if isinstance(message, Submit) and message.response_format:
                 self._compiling[message.id] = message, self._threads.submit(self._compile, message)
             elif isinstance(message, Submit):
@@ -77,7 +87,6 @@ class EngineProcess:
         for id in [id for id, (_, matcher) in self._compiling.items() if matcher.done()]:
             submitted += self._new_request(*self._compiling.pop(id))
         self._core.submit(submitted)
-        return received or bool(submitted)
 
     def _new_request(self, message: Submit, matcher: "Future[Matcher] | None" = None) -> list[Request]:
         """The request, in a list; none when it is refused."""
@@ -135,34 +144,23 @@ class EngineProcess:
         vector = request.embedding(normalize=True).astype("<f4").tobytes() if request.pooling else None
         return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error, vector)
 
-    def _stats(self) -> Stats:
-        scheduler = self._core.scheduler
-        page_size = scheduler.pool.page_size
-        return Stats(
-            len(scheduler.running),
-            len(scheduler.waiting),
-            scheduler.pool.num_pages * page_size,
-            scheduler.pool.num_free * page_size,
-            scheduler.cache.num_evictable * page_size if scheduler.cache else 0,
-            scheduler.num_preemptions,
-        )
-
 
 def send(socket: "zmq.Socket[bytes]", message: Message) -> None:
     socket.send(protocol.encode(message))
 
 
-def load(begin: Begin) -> EngineCore:
+def load(begin: Begin) -> Core:
     """The engine of a message; MinisglError when it cannot start."""
     folder = Path(begin.folder)
     model_config = ModelConfig.from_folder(folder)
     defaults = generation_defaults(folder, model_config, begin.eos_id)
-    return EngineCore(EngineConfig(**begin.config), model_config, folder, defaults)
+    return open_core(EngineConfig(**begin.config), model_config, folder, defaults)
 
 
 def main(path: str) -> None:
     """Connect to the socket at `path`, load what the first message says, and serve. Returns when it cannot start."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    ending = threading.Event()
+    threading.Thread(target=_end_with_parent, args=[ending], daemon=True).start()
     socket = connect(zmq.Context(), path)
     begin = protocol.decode_to_engine(socket.recv())
     assert isinstance(begin, Begin), "the first message says what to load"
@@ -173,19 +171,27 @@ def main(path: str) -> None:
         socket.close()
         socket.context.term()  # waits until it is sent
         return
+    config, capacity = core.config, core.stats().capacity
+    assert config.max_len is not None
     send(
         socket,
         Ready(
-            max_len=core.engine.max_len,
+            max_len=config.max_len,
             vocab_size=core.model_config.vocab_size,
-            capacity=core.engine.num_pages * core.config.page_size,
-            page_size=core.config.page_size,
-            max_running=core.config.max_running,
-            dtype=core.config.dtype,
-            device=str(core.engine.device),
+            capacity=capacity,
+            page_size=config.page_size,
+            max_running=core.max_running,
+            dtype=config.dtype,
+            device=core.devices,
         ),
     )
-    EngineProcess(socket, core, Path(begin.folder)).run()
+    try:
+        EngineProcess(socket, core, Path(begin.folder)).run(ending)
+    except MinisglError as error:
+        log.error("Error: %s", error)
+        os._exit(FAILED)
+    core.close()
+    os._exit(0)  # at once: taking the interpreter apart takes as long again
 
 
 def connect(context: "zmq.Context[zmq.Socket[bytes]]", path: str) -> "zmq.Socket[bytes]":
@@ -197,9 +203,11 @@ def connect(context: "zmq.Context[zmq.Socket[bytes]]", path: str) -> "zmq.Socket
     return socket
 
 
-def _end_with_parent() -> NoReturn:
+def _end_with_parent(ending: threading.Event) -> NoReturn:
     while os.read(0, 1):
         pass
+    ending.set()
+    time.sleep(CLOSE_S)
     os._exit(0)
 
 

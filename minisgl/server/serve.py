@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import uvloop
 from minisgl.chat import ChatFormat
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
+from minisgl.processes import FAILED, is_of_torchrun
 from minisgl.server.answering import Answering
 from minisgl.server.app import create_app
 from minisgl.server.config import ServerConfig
@@ -84,7 +86,7 @@ async def _serve(
     name = config.served_model_name or (Path(asked.model).name if asked.model else "demo")
     chat_format = ChatFormat(tokenizer, asked.reasoning_parser, asked.tool_parser)
     model = ServedModel(name, asked.model or name, tokenizer, chat_format)
-    engine = EngineClient(asked, folder, tokenizer.eos_id, restarts=config.restart == "always")
+    engine = EngineClient(asked, folder, tokenizer.eos_id, restarts=config.restart == "always" and not is_of_torchrun())
     starting = asyncio.ensure_future(engine.start())
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, starting.cancel)
@@ -129,7 +131,19 @@ async def _serve(
         loop.add_signal_handler(number, drain)
     if on_ready:
         on_ready(_url(config.host, listener), model, ready)
+    ends_with_engine = is_of_torchrun()  # as the other ranks do
+
+    def give_up(_: object) -> None:
+        server.should_exit = ends_with_engine
+        log.error("the engine has failed and is not started again: start the server again")
+
+    giving_up = asyncio.create_task(engine.given_up.wait())
+    giving_up.add_done_callback(give_up)
     await server.serve([listener])
+    giving_up.remove_done_callback(give_up)
+    giving_up.cancel()
+    if engine.given_up.is_set() and ends_with_engine:
+        sys.exit(FAILED)
 
 
 def _url(host: str, listener: socket.socket) -> str:

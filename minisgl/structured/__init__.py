@@ -9,8 +9,8 @@
 Knows token ids and text. Does not know the engine, devices or tensors. Needs `pip install minisgl[structured]`.
 """
 
-from minisgl.structured.compiler import GrammarCompiler
+from minisgl.structured.compiler import GrammarCompiler, GrammarCopies
 from minisgl.structured.matcher import Grammar, Matcher, fill_masks
 from minisgl.structured.response_format import ResponseFormat
 
-__all__ = ["Grammar", "GrammarCompiler", "Matcher", "ResponseFormat", "fill_masks"]
+__all__ = ["Grammar", "GrammarCompiler", "GrammarCopies", "Matcher", "ResponseFormat", "fill_masks"]

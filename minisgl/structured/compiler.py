@@ -80,12 +80,39 @@ class GrammarCompiler:
 
     @staticmethod
     def _try(response_format: ResponseFormat, vocabulary: Vocabulary, probe: GrammarProbe) -> Grammar | RequestError:
-        from llguidance import LLMatcher, LLParserLimits
-
         reason, lark = probe.try_grammar(response_format.lark(vocabulary.special_texts))
         if not reason:
-            prototype = LLMatcher(vocabulary.ll, lark, log_level=0, limits=LLParserLimits(**LIMITS))
-            reason = prototype.get_error()
-        if reason:
-            return RequestError(f"{response_format.kind} cannot be used: {short(reason)}", "invalid_parameter")
-        return Grammar(prototype, vocabulary, names_tokens=response_format.grammar is not None)
+            made = _compile(lark, vocabulary, names_tokens=response_format.grammar is not None)
+            if isinstance(made, Grammar):
+                return made
+            reason = made
+        return RequestError(f"{response_format.kind} cannot be used: {short(reason)}", "invalid_parameter")
+
+
+class GrammarCopies:
+    """Grammars that a `GrammarCompiler` of the same model has passed in another process, made again here."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int], *, max_grammars: int = 128):
+        self._vocabulary = Vocabulary(tokenizer, vocab_size, frozenset(eos_ids))
+        self._max_grammars = max_grammars
+        self._kept: OrderedDict[tuple[str, bool], Grammar] = OrderedDict()
+
+    def get(self, lark: str, names_tokens: bool) -> Grammar:
+        """See `Grammar`."""
+        kept = self._kept.pop((lark, names_tokens), None)
+        if kept is None or kept.is_exhausted:
+            made = _compile(lark, self._vocabulary, names_tokens=names_tokens)
+            assert isinstance(made, Grammar), made
+            kept = made
+        self._kept[lark, names_tokens] = kept
+        while len(self._kept) > self._max_grammars:
+            self._kept.popitem(last=False)
+        return kept
+
+
+def _compile(lark: str, vocabulary: Vocabulary, *, names_tokens: bool) -> Grammar | str:
+    """The grammar, or what llguidance has against it."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    prototype = LLMatcher(vocabulary.ll, lark, log_level=0, limits=LLParserLimits(**LIMITS))
+    return prototype.get_error() or Grammar(prototype, vocabulary, lark, names_tokens=names_tokens)

@@ -31,8 +31,10 @@ class Grammar:
     then makes a new one for later requests.
     """
 
-    def __init__(self, prototype: "LLMatcher", vocabulary: Vocabulary, *, names_tokens: bool) -> None:
-        """names_tokens: the grammar can name special tokens, and means them where its masks have them."""
+    def __init__(self, prototype: "LLMatcher", vocabulary: Vocabulary, lark: str, *, names_tokens: bool) -> None:
+        """lark: what it was compiled from. names_tokens: it can name special tokens, and means them where its masks
+        have them."""
+        self.lark = lark
         self._prototype = prototype
         self.vocabulary = vocabulary
         self.names_tokens = names_tokens
@@ -47,19 +49,20 @@ class Grammar:
 class Matcher:
     """One request in its grammar. Use it from one thread at a time.
 
-    error: None, or why the request must end; it stays, and masks then allow the end of the text only.
+    error: None, or why the request must end; it stays, and masks then allow the end of the text only. after_id: the
+    token behind which the grammar begins; None once it has begun.
     """
 
     def __init__(self, grammar: Grammar, ll: "LLMatcher", after_id: int | None) -> None:
         self.error: RequestError | None = None
         self.grammar = grammar
         self.ll = ll
-        self._after_id = after_id
+        self.after_id = after_id
 
     @property
     def is_waiting(self) -> bool:
         """The grammar has not begun: `after_id` has not been seen."""
-        return self._after_id is not None
+        return self.after_id is not None
 
     @property
     def finished(self) -> bool:
@@ -71,8 +74,8 @@ class Matcher:
         if self.error is not None:
             return
         if self.is_waiting:
-            if token_id == self._after_id:
-                self._after_id = None
+            if token_id == self.after_id:
+                self.after_id = None
             return
         if not self.ll.consume_token(token_id):
             self._fail(self.ll.get_error())

@@ -45,7 +45,7 @@ class FakeLLM:
 
     def __init__(self, model: Any = None, **options: Any):
         self.model, self.options = model, options
-        self.config = SimpleNamespace(max_running=options.get("max_running", 8), max_len=100)
+        self.config = SimpleNamespace(max_running=options.get("max_running", 8), dp=1, max_len=100)
         self.tokenizer: Any = FakeTokenizer()
         self.chat_format = ChatFormat(self.tokenizer)
         self.waiting: list[Request] = []

@@ -1,9 +1,11 @@
-"""`minisgl run` on several ranks of the demo model: the same file as on one, and an end for all when one fails."""
+"""`minisgl run` on several ranks and replicas of the demo model: the same file as on one, and an end for all when one
+fails."""
 
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,13 +32,13 @@ def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
 
 
-def followers_of(pid: int) -> list[int]:
-    """The other ranks that a process started."""
+def followers_of(pid: int, module: str = "worker") -> list[int]:
+    """The other ranks, or replicas, that a process started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             of_parent = int(path.read_text().rpartition(")")[2].split()[1]) == pid
-            if of_parent and b"minisgl.worker" in path.with_name("cmdline").read_bytes():
+            if of_parent and b"minisgl.%s" % module.encode() in path.with_name("cmdline").read_bytes():
                 found.append(int(path.parent.name))
         except OSError:  # it ended meanwhile
             continue
@@ -52,21 +54,34 @@ def is_running(pid: int) -> bool:
 
 def test_the_same_output_at_any_number_of_ranks(folder: Path) -> None:
     minisgl = [sys.executable, "-m", "minisgl"]
-    limit = ["8", "--limit", "12"]
+    limit = ["8", "--limit", "12", "--return-token-ids"]
     for name, command in {
         "one": [*minisgl, *RUN, *limit],
         "two": [*minisgl, *RUN, *limit, "--tp", "2"],
         "torchrun": [*TORCHRUN, str(ROOT / "minisgl"), *RUN, *limit],
-        "module": [*TORCHRUN, "-m", "minisgl", *RUN, *limit],
         "nothing left": [*TORCHRUN, "-m", "minisgl", *RUN, *limit],  # no engine is needed: all ranks end
     }.items():
-        process = start(folder, [*command, "-o", "module.jsonl" if name == "nothing left" else f"{name}.jsonl"])
+        process = start(folder, [*command, "-o", "torchrun.jsonl" if name == "nothing left" else f"{name}.jsonl"])
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     expected = read_rows(folder / "one.jsonl")
     assert len(expected) == 12
-    for name in ("two", "torchrun", "module"):
+    for name in ("two", "torchrun"):
         assert read_rows(folder / f"{name}.jsonl") == expected
+    nodes = [start(folder, [*command, *RUN, *limit, "--tp", "2", "-o", "nodes.jsonl"]) for command in two_nodes()]
+    for process in nodes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    found = read_rows(folder / "nodes.jsonl")
+    assert [row["token_ids"] for row in found] == [row["token_ids"] for row in expected]
+
+
+def two_nodes() -> list[list[str]]:
+    """torchrun on two machines of two processes each, both this one: two replicas of two ranks."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [*TORCHRUN[:3], "--nnodes", "2", *TORCHRUN[4:], "--master-addr", "127.0.0.1", "--master-port", port]
+    return [[*command, "--node-rank", rank, "-m", "minisgl"] for rank in "01"]
 
 
 def kill(rank: int) -> None:
@@ -110,6 +125,26 @@ def test_a_rank_that_fails_ends_the_job_which_can_go_on(folder: Path, fault, lin
     assert not is_running(follower)
     assert 0 < len(read_rows(output)) < 20
     done = start(folder, [sys.executable, "-m", "minisgl", *RUN, *options[:6]])
+    _, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err
+    assert [row["index"] for row in read_rows(output)] == list(range(20))
+
+
+def test_a_replica_that_hangs_ends_the_job_which_can_go_on(folder: Path) -> None:
+    output = folder / "out.jsonl"
+    options = ["16", "--ignore-eos", "--max-running", "4", "-o", str(output)]
+    command = [sys.executable, "-m", "minisgl", *RUN, *options]
+    process = start(folder, [*command, "--dp", "2", "--watchdog-s", "3"])
+    while process.poll() is None and not (output.exists() and output.stat().st_size):
+        time.sleep(0.05)
+    replicas = sorted(followers_of(process.pid, "replica"))
+    stop(replicas[1])
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert "Error: stopped: replica 1 does not answer: a step takes longer than --watchdog-s 3; " in err
+    assert not any(map(is_running, replicas))
+    assert 0 < len(read_rows(output)) < 20
+    done = start(folder, command)
     _, err = done.communicate(timeout=240)
     assert done.returncode == 0, err
     assert [row["index"] for row in read_rows(output)] == list(range(20))

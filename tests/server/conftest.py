@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,11 +24,12 @@ START_S, END_S = 60, 20
 class RunningServer:
     """`minisgl serve` in a process of its own; its stderr is read along."""
 
-    def __init__(self, *flags: str, **variables: str) -> None:
+    def __init__(self, *flags: str, launcher: Sequence[str] = (), **variables: str) -> None:
+        """`launcher`: of Python programs, with its flags; `process` is that one then."""
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "minisgl"), "serve", "--port", "0", "--num-pages", "128", *flags],
+            [sys.executable, *launcher, str(ROOT / "minisgl"), "serve", "--port", "0", "--num-pages", "128", *flags],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -110,6 +110,30 @@ def test_without_restart_waiting_clients_get_500(serve: Callable[..., RunningSer
         assert client.get("/health").status_code == 503
 
 
+def test_replicas_of_torchrun_answer_and_end_together(serve: Callable[..., RunningServer]) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    running = serve("--dp", "2", "--device", "cpu", launcher=torchrun)
+    body = {**LONG, "max_tokens": 8, "n": 4, "seed": 1}
+    with running.client() as client:
+        answer = client.post("/v1/completions", json=body).json()
+        assert [choice["finish_reason"] for choice in answer["choices"]] == ["length"] * 4
+        assert running.stats()["max_total_num_tokens"] == 2 * 128 * 64
+    ranks = _children(running.process.pid)
+    everyone = [*ranks, *(child for rank in ranks for child in _children(rank))]
+    everyone += [child for pid in everyone[2:] for child in _children(pid)]
+    assert len(everyone) == 4, "the server, its engine process, and two replicas"
+    os.kill(ranks[1], signal.SIGKILL)
+    assert running.process.wait(30) != 0
+    assert sum("Error: replica 1 is gone" in line for line in running.log) == 1
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in everyone))
+    with pytest.raises(httpx.ConnectError), running.client() as client:
+        client.get("/health")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def test_sigterm_lets_running_requests_finish(serve: Callable[..., RunningServer]) -> None:
     running = serve()
     engine = running.engine_pid
