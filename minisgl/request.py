@@ -3,7 +3,7 @@
 Knows the life of one request on the host. Does not know tensors, scheduling policy or text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 32
 MAX_BANS = 2 * MAX_BAD_WORDS  # a word is spelt differently behind a space
 MAX_BAN_TOKENS = 8
+MAX_INT = 2**31 - 1  # of lengths and token ids, which are int32
 MAX_BIASES = 512  # of `logit_bias`, and of the stop ids that `min_tokens` holds back
 BIAS_RANGE = 100
 NOT_OF_ENGINE = ("n", "stop", "bad_words", "echo", "truncate_prompt_tokens", "response_format")
@@ -39,14 +40,14 @@ class SamplingParams:
     (as in transformers); temperature 0 is greedy. Logprobs are those of the edited logits at temperature 1.
     """
 
-    max_tokens: int | None = option(None, "Most tokens to generate. [default: 1024]", low=1)
-    min_tokens: int | None = option(None, "No stop before as many tokens. [default: 0]", low=0)
+    max_tokens: int | None = option(None, "Most tokens to generate. [default: 1024]", low=1, high=MAX_INT)
+    min_tokens: int | None = option(None, "No stop before as many tokens. [default: 0]", low=0, high=MAX_INT)
     temperature: float | None = option(None, "0 is greedy. [default: the model's, or 1]", low=0, high=100)
     top_p: float | None = option(
         None, "Keep the likeliest tokens that sum to this. [default: the model's, or 1]", low=0, high=1
     )
     top_k: int | None = option(
-        None, "Keep the k likeliest tokens; 0 or -1 keeps all. [default: the model's, or 0]", low=-1, high=2**31 - 1
+        None, "Keep the k likeliest tokens; 0 or -1 keeps all. [default: the model's, or 0]", low=-1, high=MAX_INT
     )
     min_p: float | None = option(
         None, "Drop tokens less likely than this share of the likeliest. [default: the model's, or 0]", low=0, high=1
@@ -79,7 +80,7 @@ class SamplingParams:
     )
     echo: bool | None = option(None, "Put the prompt before the answer's text. [default: false]")
     truncate_prompt_tokens: int | None = option(
-        None, "Keep this many tokens of a longer prompt, the last ones. [default: none]", low=1
+        None, "Keep this many tokens of a longer prompt, the last ones. [default: none]", low=1, high=MAX_INT
     )
     stop: str | Sequence[str] = option((), "End the answer before this text.")
     stop_token_ids: Sequence[int] = option((), "End the answer with this token.", flag="--stop-token-id")
@@ -94,6 +95,7 @@ class SamplingParams:
         ids = self.stop_token_ids
         if not isinstance(ids, (list, tuple)) or not all(type(token) is int for token in ids):
             raise _wrong("stop_token_ids must be a list of integers")
+        _check_ids("stop_token_ids", ids)
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias) or None)
         if self.response_format is not None:
@@ -138,6 +140,13 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
     return tuple(strings)
 
 
+def _check_ids(name: str, ids: Iterable[int]) -> None:
+    """Whether the model has them is for the engine to say."""
+    for token in ids:
+        if not 0 <= token <= MAX_INT:
+            raise RequestError(f"{name}: token id {token} must be from 0 to {MAX_INT}", "invalid_token_id")
+
+
 def _biases(value: Any) -> dict[int, float]:
     """logit_bias with integer keys, which JSON writes as strings."""
     if value is None:
@@ -146,8 +155,9 @@ def _biases(value: Any) -> dict[int, float]:
         raise _wrong(f"logit_bias must be an object of at most {MAX_BIASES} token ids and biases")
     try:
         biases = {int(token): float(bias) for token, bias in value.items()}
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise _wrong("logit_bias must map token ids to numbers") from None
+    _check_ids("logit_bias", biases)
     for token, bias in biases.items():
         if not -BIAS_RANGE <= bias <= BIAS_RANGE:
             raise _wrong(f"logit_bias of {token} is {bias}; it must be from -{BIAS_RANGE} to {BIAS_RANGE}")

@@ -285,8 +285,12 @@ def test_special_tokens_are_shown_when_asked(llm):
         ({"n": 0}, "from 1 to 128"),
         ({"bad_words": [""]}, "non-empty"),
         ({"bad_words": ["x"] * 33}, "at most 32"),
-        ({"truncate_prompt_tokens": 0}, "at least 1"),
+        ({"truncate_prompt_tokens": 0}, "from 1 to"),
+        ({"max_tokens": 2**64}, "from 1 to 2147483647"),
         ({"stop_token_ids": [True]}, "integers"),
+        ({"stop_token_ids": [2**31]}, "from 0 to"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias: token id -1"),
+        ({"logit_bias": {1: 10**400}}, "token ids to numbers"),
     ],
 )
 def test_parameters_out_of_range_are_refused(asked, words):
@@ -299,7 +303,7 @@ def test_parameters_out_of_range_are_refused(asked, words):
     [
         ({"min_tokens": 20}, "above max_tokens"),
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids: token id"),
-        ({"logit_bias": {-1: 1.0}}, "logit_bias: token id -1"),
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias: token id"),
         ({"bad_words": ["a very long word of many tokens"]}, "at most 8"),
         ({"logit_bias": dict.fromkeys(range(VOCAB_SIZE), 1.0), "min_tokens": 1}, ""),
     ],

@@ -17,7 +17,7 @@ from minisgl.messages import Message, normalize_messages
 from minisgl.openai.errors import FieldError
 from minisgl.openai.fields import Fields, quoted
 from minisgl.parsers import read_tools
-from minisgl.request import SamplingParams
+from minisgl.request import MAX_INT, SamplingParams
 
 NO_PARAMS = SamplingParams()
 MAX_PROMPTS = 1024  # in one body
@@ -106,6 +106,8 @@ def read_prompts(fields: Fields, name: str) -> tuple[str | list[int], ...]:
         ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
         if not isinstance(prompt, str) and not ids:
             fields.refuse(name, "must be a string, a list of token ids, or a list of these", "invalid_prompt")
+        if ids and not 0 <= min(prompt) <= max(prompt) <= MAX_INT:
+            fields.refuse(name, f"has a token id that is not from 0 to {MAX_INT}", "invalid_token_id")
     return tuple(prompts)
 
 

@@ -195,6 +195,7 @@ def test_several_prompts_in_a_line() -> None:
         (batch_line("/v1/completions", prompt="Hi", logprobs=30), "logprobs is 30; it must be from 0 to 20"),
         (batch_line(messages=[{"role": "user", "content": "Hi"}], temprature=1), "temprature is not supported"),
         (batch_line("/v1/completions", prompt=["a", 1]), "must be a string, a list of token ids"),
+        (batch_line("/v1/completions", prompt=[1, 2**64]), "has a token id that is not from 0 to"),
         (batch_line("/v1/completions", prompt=[]), "must be a string, a list of token ids"),
         (batch_line("/v1/completions", prompt=[[1], []]), "must be a string, a list of token ids"),
     ],

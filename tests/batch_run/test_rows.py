@@ -126,7 +126,7 @@ def test_text_parts_are_joined() -> None:
         ({"prompt_token_ids": [1, True]}, "invalid_row", "prompt_token_ids[1]"),
         ({"prompt_token_ids": [-1]}, "invalid_token_id", "prompt_token_ids[0] is -1"),
         ({"prompt_token_ids": [10**40]}, "invalid_token_id", "vocabulary"),
-        ({"prompt": "x", "max_tokens": -1}, "invalid_parameter", "max_tokens is -1; it must be at least 1"),
+        ({"prompt": "x", "max_tokens": -1}, "invalid_parameter", "max_tokens is -1; it must be from 1 to"),
         ({"prompt": "x", "top_p": "0.5"}, "invalid_parameter", "top_p"),
         ({"prompt": "x", "max_tokens": 1, "max_completion_tokens": 1}, "invalid_parameter", "not both"),
     ],
