@@ -153,7 +153,7 @@ CANNOT_START = [
     (["prompts.jsonl", "--page-size", "8"], "16<=x<=256"),
     (["prompts.jsonl", "--temperature", "-1"], "0<=x<=100"),
     (["prompts.jsonl", "--temperature", "nan"], "must be a number"),
-    (["prompts.jsonl", "--max-tokens", "0"], "x>=1"),
+    (["prompts.jsonl", "--max-tokens", "0"], "1<=x<="),
     (["prompts.jsonl", "--max-running", "0"], "1<=x<=65536"),
     (["prompts.jsonl", "--memory-fraction", "2"], "0.05<=x<=0.99"),
     (["prompts.jsonl", "--limit", "0"], "x>=1"),
