@@ -103,6 +103,8 @@ def far_ends(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(replicas, "_start", start)
     with LLM(folder, **config, dp=2, watchdog_s=1) as llm:
         yield llm, ends
+        for end in ends:
+            end.connection.close()  # or they would be waited for
 
 
 def submit(llm, *prompts, max_tokens=4):

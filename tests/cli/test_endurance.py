@@ -123,10 +123,11 @@ NUM_ROWS = 1_000_000
 MILLION = """
     import sys, types
     from types import SimpleNamespace
+    from minisgl.config import EngineConfig
     from minisgl.request import Request, Result, Usage
 
     class Stub:
-        config = SimpleNamespace(max_running=256, max_len=100)
+        config = EngineConfig("stub", max_running=256, max_len=100)
         tokenizer = SimpleNamespace(encode_batch=lambda texts: [[1, 2, 3] for _ in texts])
         def __init__(self, *args, **options): self.waiting = []
         def __enter__(self): return self
