@@ -178,12 +178,12 @@ def latency(engine: dict[str, Any], **flags: Any) -> None:
     _print(run(**flags, **engine), table, ratio)
 
 
-def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Row, Row], float]) -> None:
-    """Print each row as it comes, and how the first compares to each of the others, its baselines."""
+def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Row, Row], float] | None = None) -> None:
+    """Print each row as it comes and, with `ratio`, how the first compares to each of the others, its baselines."""
     first = None
     for row in rows:
         click.echo(table(row))
-        if first:
+        if first and ratio:
             click.echo(f"{first['engine']} is {ratio(first, row):.2f} times as fast as {row['engine']}")
         first = first or row
 
@@ -198,8 +198,7 @@ def features(engine: dict[str, Any], **flags: Any) -> None:
     """Measure what each thing that requests can ask for costs a decode step, and --deterministic."""
     from minisgl.bench.features import run, table
 
-    for row in run(**flags, **engine):
-        click.echo(table(row))
+    _print(run(**flags, **engine), table)
 
 
 @bench.command("batch_run", cls=OneLineErrors, epilog=BATCH_RUN_EXAMPLES)
@@ -210,8 +209,7 @@ def batch_run(engine: dict[str, Any], **flags: Any) -> None:
     """Measure what `minisgl run` costs over LLM.generate, and its journal."""
     from minisgl.bench.batch_run import run, table
 
-    for row in run(**flags, **engine):
-        click.echo(table(row))
+    _print(run(**flags, **engine), table)
 
 
 @bench.command("eval", cls=OneLineErrors, epilog=EVAL_EXAMPLES)
@@ -240,8 +238,7 @@ def perplexity(engine: dict[str, Any], **flags: Any) -> None:
     """Measure the memory that a long text's logprobs take."""
     from minisgl.bench.perplexity import run, table
 
-    for row in run(**flags, **engine):
-        click.echo(table(row))
+    _print(run(**flags, **engine), table)
 
 
 @bench.command(cls=OneLineErrors, epilog=KERNELS_EXAMPLES)

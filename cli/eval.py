@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from minisgl.batch_run.runner import Summary
+from minisgl.batch_run.row_run import Summary
 from minisgl.batch_run.sources import HUB, default_output
 from minisgl.cli.compare import compare
 from minisgl.cli.options import (

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minisgl.batch_run.files import replaced
 from minisgl.batch_run.job import Job
-from minisgl.batch_run.runner import Summary
+from minisgl.batch_run.row_run import Summary
 
 PLAIN_EVERY_S = 10.0
 MODES = ("auto", "bar", "plain", "none")

@@ -12,8 +12,8 @@ import click
 
 from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.prompts import OnLong
+from minisgl.batch_run.row_run import Summary
 from minisgl.batch_run.rows import MAX_SAMPLES
-from minisgl.batch_run.runner import Summary
 from minisgl.cli.options import (
     ROWS_FAILED,
     JsonObject,

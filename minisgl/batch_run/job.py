@@ -21,8 +21,9 @@ from minisgl.batch_run.manifest import UNRECORDED, Manifest, model_revision
 from minisgl.batch_run.output import check_target, open_output, own_files
 from minisgl.batch_run.parser import RowParser, Template
 from minisgl.batch_run.prompts import Leaders, OnLong
+from minisgl.batch_run.row_run import Summary
 from minisgl.batch_run.rows import BadRow, Row
-from minisgl.batch_run.runner import BatchRun, Summary
+from minisgl.batch_run.runner import BatchRun
 from minisgl.batch_run.sources import Source, count_rows, default_output, open_sources, read_records
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError

@@ -5,48 +5,24 @@ rows in flight: of no more than `max_inflight` is anything held, however long th
 """
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minisgl.batch_run.answers import Line, format_line, relabel
 from minisgl.batch_run.feeder import Feeder
 from minisgl.batch_run.output import Output
 from minisgl.batch_run.prompts import Leaders, OnLong, Prepared, PromptMaker
+from minisgl.batch_run.row_run import RowRun, Summary
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError
 from minisgl.chat import ChatPrompt
-from minisgl.errors import MinisglError
-from minisgl.request import CHOICE_STRIDE, Request, Result
+from minisgl.request import CHOICE_STRIDE, Request, Result, Usage
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM
 
 # A quarter of it, the burst that is ordered at once, is wide enough to find shared prefixes among the rows.
 MIN_INFLIGHT = 8192
-
-
-@dataclass
-class Summary:
-    """What has been done so far. `cached_tokens` of the prompt tokens came from the prefix cache."""
-
-    rows: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
-    first_error: str = ""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int = 0
-    stopped: bool = False
-    started_s: float = field(default_factory=time.perf_counter)
-    ended_s: float | None = None
-
-    @property
-    def seconds(self) -> float:
-        return (self.ended_s or time.perf_counter()) - self.started_s
-
-    @property
-    def num_errors(self) -> int:
-        return self.errors.total()
 
 
 @dataclass
@@ -61,8 +37,8 @@ class Pending:
     followers: list[Head] = field(default_factory=list)
 
 
-class BatchRun:
-    """One job. `summary` is right at any moment, also after an exception: it counts the rows that were written."""
+class BatchRun(RowRun):
+    """Answers rows with an engine that is here."""
 
     def __init__(
         self,
@@ -72,22 +48,19 @@ class BatchRun:
         on_long: OnLong = "error",
         leaders: Leaders | None = None,
         return_token_ids: bool = False,
-        max_errors: int | None = None,
         max_inflight: int | None = None,
         n: int = 1,
-        should_stop: Callable[[], bool] = lambda: False,
-        on_progress: Callable[[Summary], None] = lambda summary: None,
+        **watching: Any,
     ):
         """`leaders` (with --dedup) has the rows of earlier runs. `n`: samples of most rows, each of which is in flight
-        by itself. `should_stop` is asked before each step: True ends the run once what is running has ended."""
-        self.llm, self.output = llm, output
+        by itself. `watching`: as in `RowRun`; it is asked to stop before each step."""
+        super().__init__(output, **watching)
+        self.llm = llm
         self.maker = PromptMaker(llm, on_long=on_long, leaders=leaders)
-        self.return_token_ids, self.max_errors = return_token_ids, max_errors
+        self.return_token_ids = return_token_ids
         # Four bursts are in flight at most: one being made, one ready, and two in the engine, which gets the next when
         # a burst's worth is left.
         self.burst = max(1, (max_inflight or max(MIN_INFLIGHT, 4 * llm.config.max_running * llm.config.dp)) // (4 * n))
-        self.should_stop, self.on_progress = should_stop, on_progress
-        self.summary = Summary()
         self._pending: dict[int, Pending] = {}  # by row index
         self._num_following = 0
         self._spellings: dict[int, str] = {}  # of the vocabulary, at most
@@ -132,18 +105,18 @@ class BatchRun:
                 self._pending[prepared.leader].followers.append(prepared.head)
                 self._num_following += 1
             else:
-                self._write(lines)  # the leader may be among them
+                self.write(lines)  # the leader may be among them
                 lines = [self._repeat(prepared.head, prepared.leader)]
         if requests:
             self.llm.submit(requests)
-        self._write(lines)
+        self.write(lines)
 
     def _step(self) -> None:
         if self.llm.num_unfinished:
             lines: list[Line] = []
             for request, result in self.llm.step():
                 lines += self._end(request, result)
-            self._write(lines)
+            self.write(lines)
 
     def _end(self, request: Request, result: Result) -> list[Line]:
         """The lines that are due when a sample has ended: none while others of its row run."""
@@ -151,7 +124,8 @@ class BatchRun:
         pending = self._pending.get(index)
         if pending is None:  # the row was given up, with samples that had not started
             return []
-        self._count(result, is_first=sample % (len(pending.results) // pending.head.num_prompts) == 0)
+        is_first = sample % (len(pending.results) // pending.head.num_prompts) == 0  # of its prompt's samples
+        self.count(result.usage if is_first else Usage(), result.usage.completion_tokens)
         pending.results[sample] = self.llm.read_answer(result, pending.chat) if pending.chat else result
         pending.num_missing -= 1
         if pending.num_missing:
@@ -164,7 +138,7 @@ class BatchRun:
             lines.append(format_line(head, results, return_token_ids=self.return_token_ids, spell=self._spell))
             failed = next((result.error for result in results if result.error), None)
             if failed:
-                self._note(head, RowError(failed.type, str(failed)))
+                self.note(head, RowError(failed.type, str(failed)))
         return lines
 
     def _spell(self, token_id: int) -> str:
@@ -173,31 +147,12 @@ class BatchRun:
             self._spellings[token_id] = self.llm.tokenizer.decode([token_id], False)
         return self._spellings[token_id]
 
-    def _count(self, result: Result, is_first: bool) -> None:
-        if is_first:
-            self.summary.prompt_tokens += result.usage.prompt_tokens
-            self.summary.cached_tokens += result.usage.cached_tokens
-        self.summary.output_tokens += result.usage.completion_tokens
-
     def _fail(self, head: Head, error: RowError) -> Line:
-        self._note(head, error)
+        self.note(head, error)
         return format_line(head, error, return_token_ids=self.return_token_ids)
 
     def _repeat(self, head: Head, leader: int) -> Line:
         line = relabel(self.output.read(leader), head)
         if line.failed:
-            self._note(head, RowError("repeated", "it asks the same as an earlier row that failed"))
+            self.note(head, RowError("repeated", "it asks the same as an earlier row that failed"))
         return line
-
-    def _note(self, head: Head, error: RowError) -> None:
-        self.summary.errors[error.type] += 1
-        self.summary.first_error = self.summary.first_error or f"{head.place}: {error.message}"
-
-    def _write(self, lines: list[Line]) -> None:
-        if not lines:
-            return
-        self.output.append(lines)
-        self.summary.rows += len(lines)
-        self.on_progress(self.summary)
-        if self.max_errors is not None and self.summary.num_errors > self.max_errors:
-            raise MinisglError(f"{self.summary.num_errors:,} rows failed, more than --max-errors {self.max_errors:,}")

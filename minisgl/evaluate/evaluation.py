@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, cast
 from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.output import OutputFile
 from minisgl.batch_run.parser import RowParser, Template
+from minisgl.batch_run.row_run import Summary
 from minisgl.batch_run.rows import BadRow, Row
-from minisgl.batch_run.runner import Summary
 from minisgl.batch_run.sources import Source, open_sources, read_records
 from minisgl.errors import MinisglError
 from minisgl.evaluate.asking import CONCURRENCY, AskingRun

@@ -11,8 +11,9 @@ from minisgl import tokenizer
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.parser import RowParser
 from minisgl.batch_run.prompts import Leaders
+from minisgl.batch_run.row_run import Summary
 from minisgl.batch_run.rows import BadRow, Head, Record, Row
-from minisgl.batch_run.runner import BatchRun, Summary
+from minisgl.batch_run.runner import BatchRun
 from minisgl.errors import MinisglError
 from minisgl.request import CHOICE_STRIDE, SamplingParams
 

@@ -32,7 +32,7 @@ def write(tmp_path: Path) -> Callable[[Iterable[dict[str, Any]]], str]:
 
 def evaluate(task: Task, data: str, folder: Path, **options: Any) -> dict[str, Any]:
     """Run an evaluation to its end; returns its results."""
-    from minisgl.batch_run.runner import Summary
+    from minisgl.batch_run.row_run import Summary
 
     allow_code = options.pop("allow_code", False)
     with Evaluation(task, [data], folder, **options) as evaluation:
