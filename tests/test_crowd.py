@@ -64,7 +64,7 @@ def test_alone_and_in_a_crowd(tmp_path, count, options):
     system = [rng.randrange(VOCAB_SIZE) for _ in range(48)]
     asked = [a_request(rng, system) for _ in range(count)]
     options = {**options, "page_size": 16}
-    with LLM(folder, **options, max_running=1, cache="none", overlap=False) as llm:
+    with LLM(folder, **options, max_running=1, cache="none", overlap=False, num_pages=24) as llm:
         expected = llm.generate(*map(list, zip(*asked, strict=True)))
     with LLM(folder, **options, max_running=16, max_step_tokens=96, num_pages=24) as llm:
         requests = [llm.new_request(*one, index=index) for index, one in enumerate(asked)]

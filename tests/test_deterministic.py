@@ -58,7 +58,7 @@ def requests(count):
 def run(folder, device, options, count=18, graphs=False):
     """(results, logits by request and place) of some requests that come at once."""
     made = {"device": device, "dtype": DTYPES[device], "deterministic": True, "max_graph_batch": 512 if graphs else 0}
-    with LLM(folder, **made, **options) as llm:
+    with LLM(folder, **{"num_pages": 400, **made, **options}) as llm:
         recorder = Recorder(llm) if device == "cpu" or not graphs else None  # a GPU's graph runs no Python
         results = llm.generate(*requests(count))
         if options.get("num_pages"):
@@ -158,9 +158,9 @@ def test_all_matmuls_run_before_they_are_needed(folder):
 def test_the_demo_model_answers_as_without(device):
     """And its prompts run in chunks here, its decodes beside them."""
     questions = [[{"role": "user", "content": f"What is {a} + {b}?"}] for a, b in ((2, 3), (30, 4), (17, 25), (8, 8))]
-    texts = []
+    pool, texts = {"max_running": 3, "max_step_tokens": 67, "num_pages": 20}, []
     for deterministic in (True, False):
-        with LLM(device=device, dtype="float32", max_running=3, max_step_tokens=67, deterministic=deterministic) as llm:
+        with LLM(device=device, dtype="float32", **pool, deterministic=deterministic) as llm:
             assert llm.config.cascade is not deterministic
             texts.append([one.text for one in llm.chat(questions, SamplingParams(temperature=0, max_tokens=16))])
     assert texts[0] == texts[1]

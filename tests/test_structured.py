@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +19,8 @@ from minisgl.structured import GrammarCompiler, ResponseFormat, fill_masks
 from minisgl.structured.response_format import MAX_SOURCE_BYTES
 from minisgl.structured.vocabulary import Vocabulary
 from minisgl.tokenizer import Tokenizer
+
+jsonschema = pytest.importorskip("jsonschema")
 
 EOS_IDS = (2, 0)  # <|im_end|>, <|endoftext|>
 IM_START = 1

@@ -108,8 +108,9 @@ def test_two_ranks_score_as_one_does(write: Any, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.gpu
 def test_the_scores_of_each_skill_are_equal_on_cpu_and_gpu(tmp_path: Path) -> None:
+    engine = {"dtype": "float32", "num_pages": 500}
     on_cpu, on_gpu = (
-        evaluate(load_task("demo"), "demo", tmp_path / device, limit=300, engine={"device": device, "dtype": "float32"})
+        evaluate(load_task("demo"), "demo", tmp_path / device, limit=300, engine={"device": device, **engine})
         for device in ("cpu", "cuda")
     )
     assert [one["n"] for one in on_cpu["metrics"]] == [300, *[30] * 10]  # all skills, and each
