@@ -63,8 +63,9 @@ class DecodeGraphs:
         # The inputs of all graphs, each of which reads their start; and what they start with now.
         self._rows_in = torch.full((BATCH_SIZES[-1],), -1, dtype=torch.int32, device=rows.device)
         self._cascade_in = torch.zeros(4 * BATCH_SIZES[-1], dtype=torch.int32, device=rows.device)
-        self._loaded_rows: list[int | None] = []
-        self._loaded_cascade: tuple[int, CascadePlan | None] = 0, None
+        self._loaded_rows: list[int | None]
+        self._loaded_cascade: tuple[int, CascadePlan | None]
+        self._forget_inputs()
         self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Forward]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -89,18 +90,22 @@ class DecodeGraphs:
         if key not in self._graphs and not self._capture(key):
             return None
         changed = []
-        rows = [request.row for request in step.decodes] + [-1] * (key.size - batch)
+        rows, cascade = [request.row for request in step.decodes] + [-1] * (key.size - batch), self._loaded_cascade
         if rows != self._loaded_rows:
-            self._loaded_rows = rows
             changed.append((self._rows_in[: key.size], ints(rows)))
-        if step.cascade and (key.size, step.cascade) != self._loaded_cascade:
-            self._loaded_cascade = key.size, step.cascade
+        if step.cascade and (key.size, step.cascade) != cascade:
+            cascade = key.size, step.cascade
             packed = step.cascade.packed(key.size)
             changed.append((self._cascade_in[: len(packed)], packed))
+        self._forget_inputs()  # what a transfer that fails leaves there is not known
         self.rows.load_decode(step, changed)
+        self._loaded_rows, self._loaded_cascade = rows, cascade
         graph, made = self._graphs[key]
         graph.replay()
         return made.first(batch)
+
+    def _forget_inputs(self) -> None:
+        self._loaded_rows, self._loaded_cascade = [], (0, None)
 
     def _capture(self, key: Key) -> bool:
         """Make the graph of a key; without memory for it, go on without graphs of its size and above."""
@@ -109,7 +114,7 @@ class DecodeGraphs:
         if key.tile_members:
             packed = self._cascade_in[: packed_length(key.size, key.tile_members)].zero_()
             cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
-        self._loaded_rows, self._loaded_cascade = [], (0, None)
+        self._forget_inputs()
         graph, made = None, None
         try:
             self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)

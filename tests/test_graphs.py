@@ -17,7 +17,7 @@ class Replayed(DecodeGraphs):
     def _capture(self, key: Key) -> bool:
         inputs = self._rows_in[: key.size]
         made = self._forward(self.rows.decode_batch(inputs.fill_(-1), key.bound), key)
-        self._loaded_rows = []
+        self._forget_inputs()
         static = made.tensors()
 
         class Graph:
@@ -58,3 +58,28 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
         keys = llm.core.engine.graphs.keys
     assert {key.masked for key in keys} == {True, False} and {key.wanted.edits for key in keys} == {True, False}
     assert len({key.size for key in keys}) > 1 and len({key.wanted.num_top for key in keys}) > 1
+
+
+@pytest.mark.parametrize("failing", [1, 2, 11])
+def test_a_transfer_that_fails_leaves_no_stale_inputs(folder, monkeypatch, failing):
+    """The device runs out of memory before the inputs of a graph are there; the same rows decode again afterwards."""
+    prompts = [list(range(start, start + 20)) for start in range(6)]
+    asked = [SamplingParams(temperature=1.0, seed=seed, max_tokens=6 + 2 * seed, ignore_eos=True) for seed in range(6)]
+    with LLM(folder, **SMALL) as llm:
+        expected = llm.generate(prompts, asked)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512, engine.group))
+    transfers = 0
+
+    def transfer(*args):
+        nonlocal transfers
+        transfers += 1
+        if transfers == failing:
+            raise torch.OutOfMemoryError("there")
+        load_decode(*args)
+
+    with LLM(folder, **{**SMALL, "max_step_tokens": 512}) as llm:
+        load_decode = llm.core.engine.rows.load_decode
+        llm.core.engine.rows.load_decode = transfer
+        assert llm.generate(prompts, asked) == expected
+    assert transfers > failing
