@@ -148,7 +148,7 @@ def _compare(group: ProcessGroup, found: torch.Tensor, expected: torch.Tensor, t
 
 def measured(group: ProcessGroup, memory: PeerMemory, num_rows: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows of one size: both ways to sum, and the sums that go on."""
-    x, residual = torch.zeros(2, num_rows, HIDDEN, dtype=torch.bfloat16, device=device).unbind()
+    x, residual = (_random(group.ranks.rank + seed, (num_rows, HIDDEN), device) for seed in (0, group.size))
     weight = torch.ones(HIDDEN, dtype=torch.bfloat16, device=device)
     size, usual = x.nbytes, memory.one_shot_bytes
     shape = f"{size >> 10} KB, {group.size} ranks"

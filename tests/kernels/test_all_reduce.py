@@ -4,14 +4,21 @@ The interpreter's loads and stores are those of a CPU, and its atomics are in or
 memory order of GPUs. `bench/all_reduce.py` checks sums on them.
 """
 
+import numpy as np
 import pytest
 import torch
+import triton
 
 from minisgl.kernels.all_reduce import sum_and_norm_reference, sum_into_stream_reference, sum_of_ranks_reference
 from tests.rank_scripts import SUMS, terms
 from tests.ranks import run_ranks
 
 
+# That interpreter takes an array of one element for a number, which numpy does no longer.
+TOO_OLD = triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+
+
+@pytest.mark.skipif(TOO_OLD, reason="the interpreter of Triton 3.6 does not work with numpy 2.4")
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_sums(num_ranks, tmp_path, assert_close):
     all_found = run_ranks("sums", num_ranks, tmp_path, tmp_path, environment=[("TRITON_INTERPRET", "1")])
