@@ -13,7 +13,6 @@ from minisgl.kernels.all_reduce import sum_and_norm_reference, sum_into_stream_r
 from tests.rank_scripts import SUMS, terms
 from tests.ranks import run_ranks
 
-
 # That interpreter takes an array of one element for a number, which numpy does no longer.
 TOO_OLD = triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 
