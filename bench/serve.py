@@ -34,6 +34,7 @@ def run(
     max_concurrency: int | None = None,
     goodput: Mapping[str, float] | None = None,
     seed: int = 0,
+    warmups: int = 1,
     offline_path: Path | None = None,
     json_path: Path | None = None,
     plot_path: Path | None = None,
@@ -41,7 +42,8 @@ def run(
     """A row for each of `request_rates` (requests per second; infinity: all at once), as soon as it is measured, and by
     then also in `json_path`.
 
-    `goodput`: the most milliseconds of metrics. `offline_path`: rows of `bench throughput`, of which the latest of the
+    `warmups`: untimed runs of all requests at once, before the first rate, so that what a server does once (it captures
+    each size of a batch) is not taken for its speed. `goodput`: the most milliseconds of metrics. `offline_path`: rows of `bench throughput`, of which the latest of the
     same workload, model and type gives `share_of_offline`. MinisglError when there is no server, no such row, or no
     request of a run is answered.
     """
@@ -54,8 +56,8 @@ def run(
         write_rows(json_path, [])  # a path that cannot be written should fail now
     if plot_path:
         from minisgl.bench import plots  # what is missing should be missing now
-    first = work._replace(prompts=work.prompts[:1], output_lens=work.output_lens[:1])
-    asyncio.run(server.run(first, [0.0]))  # untimed: what a server does once is not its speed
+    for _ in range(warmups):
+        asyncio.run(server.run(work, [0.0] * len(work.prompts), max_concurrency))
     rows = []
     for rate in request_rates:
         flushed = server.flush_cache()

@@ -38,15 +38,16 @@ model_option = click.option(
     show_default=True,
     help="Model folder, Hugging Face id, or a shape of bench/models with random weights.",
 )
+warmups_option = click.option(
+    "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
+)
 
 
 def run_options(command: Command) -> Command:
     """The flags of every measurement of a whole engine."""
     for option in (
         json_option,
-        click.option(
-            "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
-        ),
+        warmups_option,
         click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs."),
         model_option,
     ):

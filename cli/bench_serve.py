@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from minisgl.cli.bench_options import json_option, workload_option
+from minisgl.cli.bench_options import json_option, warmups_option, workload_option
 from minisgl.cli.options import OneLineErrors
 
 FIGURES = """\b
@@ -23,8 +23,8 @@ Figures, in ms mean, median and p99 over the answered requests (ITL: over all ga
 EXAMPLES = f"""\b
 Requests come at the moments of a Poisson process, as many a second as --request-rate says, whatever was answered (open
 loop). "inf" sends all at once; with --max-concurrency, another as soon as one ends (closed loop). The prefix cache is
-emptied before each run. Prompts are token ids and answers go on past the end of text, as in `bench throughput`, whose
-help has the workloads.
+emptied before each run; warm-up sends all requests at once. Prompts are token ids and answers go on past the end of
+text, as in `bench throughput`, whose help has the workloads.
 
 {FIGURES}
 \b
@@ -85,6 +85,7 @@ def read_limits(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--max-concurrency", type=click.IntRange(1), help="Most requests on their way at once. [default: any]")
 @click.option("--goodput", callback=read_limits, metavar="LIMITS", help="Most ms of figures, as ttft:200,itl:20.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the Poisson process.")
+@warmups_option
 @click.option(
     "--offline",
     "offline_path",
