@@ -43,9 +43,9 @@ def run(
     then also in `json_path`.
 
     `warmups`: untimed runs of all requests at once, before the first rate, so that what a server does once (it captures
-    each size of a batch) is not taken for its speed. `goodput`: the most milliseconds of metrics. `offline_path`: rows of `bench throughput`, of which the latest of the
-    same workload, model and type gives `share_of_offline`. MinisglError when there is no server, no such row, or no
-    request of a run is answered.
+    each size of a batch) is not taken for its speed. `goodput`: the most milliseconds of metrics. `offline_path`: rows
+    of `bench throughput`, of which the latest of the same workload, model and type gives `share_of_offline`.
+    MinisglError when there is no server, no such row, or no request of a run is answered.
     """
     server = Server(url)
     work = load(workload, server, server.info.get("vocab_size", MAX_ID + 1))
