@@ -293,9 +293,8 @@ class Engine:
         return peak
 
     def _compile_kernels(self, config: EngineConfig) -> None:
-        """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler. Side by
-        side, since compilers leave the interpreter to others; one after another where ranks exchange what they make,
-        in the same order."""
+        """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler; side by
+        side, since compilers leave the interpreter to others."""
         rows, together = self.rows, self._tile_members(config)
         max_len = rows.tokens.shape[1]
         kv = self._new_cache(1, config.page_size)
@@ -332,8 +331,7 @@ class Engine:
             self.model.run_matmuls(num_rows)
 
         borders = self.model.ops.linear_borders(self.dtype, self.device)
-        threads = COMPILE_THREADS if self.group.size == 1 else 1
-        with ThreadPoolExecutor(threads, initializer=self._use_device) as pool:
+        with self.group.rehearsal(), ThreadPoolExecutor(COMPILE_THREADS, initializer=self._use_device) as pool:
             jobs = [pool.submit(run_edits, batches[1]), *(pool.submit(run, batch) for batch in batches)]
             jobs += [pool.submit(run_matmuls, border + 1) for border in borders if border < config.max_step_tokens]
             for job in jobs:

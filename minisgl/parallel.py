@@ -14,6 +14,8 @@ Knows processes and tensors. Does not know what is computed.
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -69,6 +71,11 @@ class ParallelGroup:
         """The ranks' x  # [...], one after the other  # [size, ...]."""
         return x[None]
 
+    def rehearsal(self) -> AbstractContextManager[None]:
+        """Inside, nothing is exchanged between devices, as if every rank had what this one has, but the same kernels
+        run: they may be launched in any order, and from several threads."""
+        return nullcontext()
+
     # -- between hosts --
 
     def min(self, value: int) -> int:
@@ -109,6 +116,7 @@ class ProcessGroup(ParallelGroup):
         self.ranks = Ranks(rank % size, size)
         self.device, self.ordered = device, ordered
         self.num_exchanges = 0
+        self._rehearses = False
         self.peers = self._open_peers() if device.type == "cuda" and self.size > 1 else None
         self.sums_into_streams = self.peers is not None
 
@@ -118,7 +126,8 @@ class ProcessGroup(ParallelGroup):
             return sum_of_ranks(x, self.peers)
         if self.ordered:
             return sum_of_ranks_reference(self.gather(x).unbind())
-        self._dist.all_reduce(x, group=self._group)
+        if not self._rehearses:
+            self._dist.all_reduce(x, group=self._group)
         return x
 
     def sum_and_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -139,11 +148,25 @@ class ProcessGroup(ParallelGroup):
         self.num_exchanges += 1
         if self.peers is not None and self.peers.holds_words(x):
             return gather_of_ranks(x, self.peers)
+        if self._rehearses:
+            return x.expand(self.size, *x.shape).contiguous()
         gathered = x.new_empty(self.size, *x.shape)
         # The same by its new name, and by that of torch before 2.13.
         gather = getattr(self._dist, "all_gather_single", None) or self._dist.all_gather_into_tensor
         gather(gathered.view(-1), x.reshape(-1), group=self._group)
         return gathered
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        before = self.peers, self.num_exchanges
+        self._rehearses = True
+        if self.peers is not None:
+            self.peers = PeerMemory.alone(self.device, self.size, self.ranks.rank)
+        try:
+            yield
+        finally:
+            self.peers, self.num_exchanges = before
+            self._rehearses = False
 
     def min(self, value: int) -> int:
         self.num_exchanges += 1

@@ -49,11 +49,16 @@ def test_exchanges(tmp_path, group_size):
         assert torch.equal(found["residual"], torch.tensor([[10.0, 20.0]]) + total)
         normed = found["residual"] / found["residual"].square().mean().sqrt()
         torch.testing.assert_close(found["normed"], normed)
+        if rank == 0:
+            own, gathered, _ = found["rehearsed"]
+            assert own.shape == (1, 2) and torch.equal(gathered, own.expand(group_size, 1, 2))
         assert torch.equal(found["ordered"], sum(of_ranks[member]["terms"] for member in members))  # one after another
 
 
 def test_one_rank_alone():
     group, x = ParallelGroup(), torch.ones(2, 3)
+    with group.rehearsal():
+        assert group.sum(x) is x
     assert group.sum(x) is x and group.gather(x).shape == (1, 2, 3)
     assert (group.ranks, group.min(3), group.send(b"x")) == ((0, 1), 3, b"x")
 

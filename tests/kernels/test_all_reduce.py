@@ -9,7 +9,15 @@ import pytest
 import torch
 import triton
 
-from minisgl.kernels.all_reduce import sum_and_norm_reference, sum_into_stream_reference, sum_of_ranks_reference
+from minisgl.kernels.all_reduce import (
+    PeerMemory,
+    gather_of_ranks,
+    sum_and_norm,
+    sum_and_norm_reference,
+    sum_into_stream_reference,
+    sum_of_ranks,
+    sum_of_ranks_reference,
+)
 from tests.rank_scripts import SUMS, terms
 from tests.ranks import run_ranks
 
@@ -42,3 +50,17 @@ def test_sums(num_ranks, tmp_path, assert_close):
             torch.testing.assert_close(found[0][2].sum(1).double(), stream.squares.squeeze(1), rtol=1e-2, atol=0)
     kinds = {len(of_step) for of_step in all_found[0]}
     assert kinds == {1, 2, 3}  # every launcher took part
+
+
+def test_a_rank_alone_waits_for_nobody(device, assert_close):
+    if device.type == "cpu" and TOO_OLD:
+        pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4")
+    memory = PeerMemory.alone(device, num_ranks=4, rank=2)
+    x, weight = torch.randn(3, 5000, device=device), torch.randn(5000, device=device)
+    for _ in range(3):
+        assert torch.equal(sum_of_ranks(x.clone(), memory), 4 * x)
+        assert torch.equal(gather_of_ranks(x, memory), x.expand(4, *x.shape))
+    expected = sum_and_norm_reference([x.double()] * 4, torch.zeros_like(x).double(), weight.double(), 1e-6)
+    assert_close(sum_and_norm(x, torch.zeros_like(x), weight, 1e-6, memory), expected)
+    memory.one_shot_bytes = 0
+    sum_of_ranks(x, memory)  # each rank has a part of it
