@@ -37,7 +37,7 @@ class Watch:
         self._known = threading.Event()  # there is a failure
         self._told = threading.Event()  # whoever steps knows it
         self._ended = threading.Event()
-        self._busy = False
+        self._busy = self._joining = False
         self._deadline_s = float("inf")  # by time.monotonic, of what is done now
         self._limit_s = 0.0
         now = time.monotonic()
@@ -52,10 +52,12 @@ class Watch:
         self._ended.set()
 
     @contextmanager
-    def busy(self, limit_s: float = float("inf")) -> Iterator[None]:
-        """Around what other ranks take part in, and may take so long. MinisglError when one has failed."""
+    def busy(self, limit_s: float = float("inf"), *, joining: bool = False) -> Iterator[None]:
+        """Around what other ranks take part in, and may take so long. `joining`: they come together by it.
+        MinisglError when one has failed."""
         self.check()
         self._limit_s, self._deadline_s, self._busy = limit_s, time.monotonic() + limit_s, True
+        self._joining = joining
         try:
             yield
         finally:
@@ -125,6 +127,8 @@ class Watch:
     def _late(self) -> str | None:
         if time.monotonic() < self._deadline_s:
             return None
+        if self._joining:
+            return f"the processes did not come together within {self._limit_s:.0f} s"
         counts = {rank: int(beat.split()[1]) for rank, beat in self._beats.items()} | {0: self.progress()}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
         if len(behind) == len(counts):

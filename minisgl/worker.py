@@ -27,7 +27,7 @@ from minisgl.plan import CLOSE, Masks, Plan, PlanReader, PlanWriter, pack_masks
 from minisgl.processes import FAILED, Followers, Meeting, is_of_torchrun, when_the_first_rank_ends
 from minisgl.scheduler import Step
 from minisgl.upload import Ints
-from minisgl.watch import Watch
+from minisgl.watch import START_S, Watch
 
 NEVER_S = 7 * 86400.0  # a rank may wait for requests as long; `Watch` finds those that hang
 
@@ -56,9 +56,10 @@ class LeadingEngine(Engine):
             torch.set_num_threads(num_threads)
         atexit.register(self.close)
         try:
-            with self._watch.busy(), self._together():
+            with self._watch.busy(START_S, joining=True), self._together():
                 self._meeting.announce({"config": asdict(config), "folder": str(folder.resolve())})
                 group = _join_group(self._meeting, config, self._watch)
+            with self._watch.busy(), self._together():
                 super().__init__(config, model_config, folder, group)
         except BaseException:
             self.close()

@@ -136,6 +136,18 @@ def test_a_rank_that_fails_ends_the_job_which_can_go_on(folder: Path, fault, lin
     assert [row["index"] for row in read_rows(output)] == list(range(20))
 
 
+def test_ranks_that_do_not_come_together_end(folder: Path) -> None:
+    program = folder / "impatient.py"
+    program.write_text("import minisgl.worker\nminisgl.worker.START_S = 4\nfrom minisgl.cli.main import main\nmain()\n")
+    process = start(folder, [sys.executable, str(program), *RUN, "16", "-o", str(folder / "out.jsonl"), "--tp", "2"])
+    while process.poll() is None and not (followers := followers_of(process.pid)):
+        time.sleep(0.01)
+    stop(*followers)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and all(map(ends, followers))
+    assert err.splitlines()[-1] == "Error: the processes did not come together within 4 s"
+
+
 def test_a_replica_that_hangs_ends_the_job_which_can_go_on(folder: Path) -> None:
     output = folder / "out.jsonl"
     options = ["16", "--ignore-eos", "--max-running", "4", "-o", str(output)]
