@@ -111,7 +111,7 @@ async def _serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=4 * MAX_HEADER_BYTES,  # up to here the guard can say what is wrong
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=round(config.drain_s + ABORT_S),
         )

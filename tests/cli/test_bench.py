@@ -98,9 +98,21 @@ def test_serve(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stdout.startswith("TTFT 3\nTTFT 3\n") and "TPOT             time per output token =" in done.stdout
     paths = {"offline_path": None, "json_path": None, "plot_path": None}
     about = {"url": "http://127.0.0.1:30000", "workload": "mini", "seed": 0, "max_concurrency": None, "goodput": None}
-    assert calls[0] == ((), {**about, **paths, "request_rates": [float("inf")]})
+    assert calls[0] == ((), {**about, **paths, "request_rates": [float("inf")], "warmups": 1})
     flags = "--workload 512x128 --request-rate 8,0.5,inf --max-concurrency 4 --goodput ttft:200,itl:20 --plot x.png"
-    invoke("bench", "serve", "--url", "http://host:1", *flags.split(), "--offline", "rows.jsonl", "--seed", "3")
+    invoke(
+        "bench",
+        "serve",
+        "--url",
+        "http://host:1",
+        *flags.split(),
+        "--offline",
+        "rows.jsonl",
+        "--seed",
+        "3",
+        "--warmups",
+        "0",
+    )
     assert calls[3][1] == {
         "url": "http://host:1",
         "workload": "512x128",
@@ -108,6 +120,7 @@ def test_serve(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
         "max_concurrency": 4,
         "goodput": {"ttft": 200.0, "itl": 20.0},
         "seed": 3,
+        "warmups": 0,
         "offline_path": Path("rows.jsonl"),
         "json_path": None,
         "plot_path": Path("x.png"),
