@@ -9,6 +9,7 @@ import click
 
 from minisgl.cli.bench_options import (
     baseline_option,
+    file_option,
     json_option,
     model_option,
     run_options,
@@ -244,19 +245,9 @@ def perplexity(engine: dict[str, Any], **flags: Any) -> None:
 @bench.command(cls=OneLineErrors, epilog=KERNELS_EXAMPLES)
 @click.argument("ops", nargs=-1, metavar="[OP]...")
 @json_option
-@click.option(
-    "--plot",
-    "plot_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw a roofline of what was measured (.png, .svg or .pdf).",
-)
-@click.option(
-    "--tune",
-    "tune_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Instead: time the candidate tiles of each OP here, check them, and put the best into this JSON tile table.",
+@file_option("plot", "Draw a roofline of what was measured (.png, .svg or .pdf).")
+@file_option(
+    "tune", "Instead: time the candidate tiles of each OP here, check them, and put the best into this JSON tile table."
 )
 @engine_flag("device")
 def kernels(ops: tuple[str, ...], device: str | None, tune_path: Path | None, **flags: Any) -> None:

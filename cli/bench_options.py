@@ -8,11 +8,14 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also append the figures to this file, as JSON lines with device, commit, versions and date.",
+
+def file_option(name: str, help: str) -> Callable[[Command], Command]:
+    """--NAME FILE, which the command gets as NAME_path."""
+    return click.option(f"--{name}", f"{name}_path", type=click.Path(path_type=Path, dir_okay=False), help=help)
+
+
+json_option = file_option(
+    "json", "Also append the figures to this file, as JSON lines with device, commit, versions and date."
 )
 
 

@@ -1,11 +1,10 @@
 """`minisgl bench serve`: flags for the measurement of a running server, which minisgl.bench.serve does."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from minisgl.cli.bench_options import json_option, warmups_option, workload_option
+from minisgl.cli.bench_options import file_option, json_option, warmups_option, workload_option
 from minisgl.cli.options import OneLineErrors
 
 FIGURES = """\b
@@ -86,21 +85,11 @@ def read_limits(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--goodput", callback=read_limits, metavar="LIMITS", help="Most ms of figures, as ttft:200,itl:20.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the Poisson process.")
 @warmups_option
-@click.option(
-    "--offline",
-    "offline_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Rows of `bench throughput --json FILE`: print the share of their speed that the server reaches.",
+@file_option(
+    "offline", "Rows of `bench throughput --json FILE`: print the share of their speed that the server reaches."
 )
 @json_option
-@click.option(
-    "--plot",
-    "plot_path",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw latency and throughput over the request rate (.png, .svg or .pdf).",
-)
+@file_option("plot", "Draw latency and throughput over the request rate (.png, .svg or .pdf).")
 def serve(**flags: Any) -> None:
     """Send requests to a running server and print how long they wait."""
     from minisgl.bench.serve import run, table

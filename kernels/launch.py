@@ -16,6 +16,12 @@ def use_triton(x: torch.Tensor) -> bool:
     return x.is_cuda or INTERPRET
 
 
+def use_device(device: torch.device) -> None:
+    """Make it this thread's current one, on which Triton launches whatever its arguments' is; the first, until told."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 @cache
 def architecture(device: torch.device) -> str:
     """'sm_90', 'gfx942', ... of a device: the key of the tile tables. CPU tensors (interpreter) give 'cpu'."""

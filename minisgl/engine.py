@@ -25,7 +25,7 @@ from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
 from minisgl.graphs import DecodeGraphs, Key, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
-from minisgl.kernels.launch import use_triton
+from minisgl.kernels.launch import use_device, use_triton
 from minisgl.kernels.logits import edit_logits
 from minisgl.layers.ops import FASTEST, INVARIANT
 from minisgl.models.config import ModelConfig
@@ -67,7 +67,7 @@ class Engine:
         self.device = torch.device(config.device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         max_len = config.max_len
-        self._use_device()
+        use_device(self.device)
         allocated_before = self._allocated_bytes()
         try:
             ops = INVARIANT if config.deterministic else FASTEST
@@ -96,11 +96,6 @@ class Engine:
                 f"the model and its KV pages do not fit in the memory of {self.device}: use a smaller model or a "
                 "larger device, free it of other programs, or lower --num-pages, --max-step-tokens and --max-running"
             ) from error
-
-    def _use_device(self) -> None:
-        """Triton launches on the current device, which every thread has of its own: the first one, until told."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
 
     @property
     def max_len(self) -> int:
@@ -137,7 +132,7 @@ class Engine:
     @torch.inference_mode()
     def forward(self, step: Step, *, masked: bool = False) -> Forward:
         """Launch the forward pass of a step, and its sampling unless it waits for masks."""
-        self._use_device()
+        use_device(self.device)
         wanted = Wanted.of(step)
         if self.group.size > 1:  # then a search for thresholds takes exchanges
             wanted = wanted._replace(filters=any(request.filters for request in step.sampled))
@@ -150,7 +145,7 @@ class Engine:
     def sample(self, forward: Forward, masks: Ints, mask_of: Ints) -> Forward:
         """Sample a step that waited for masks  # [M, W] of allowed ids; mask_of  # [N], -1: none. See
         `kernels.logits`."""
-        self._use_device()
+        use_device(self.device)
         on_device = upload(self.device, masks=masks.ravel(), mask_of=mask_of)
         return self._sample(forward, on_device["masks"].view(masks.shape), on_device["mask_of"])
 
@@ -331,7 +326,10 @@ class Engine:
             self.model.run_matmuls(num_rows)
 
         borders = self.model.ops.linear_borders(self.dtype, self.device)
-        with self.group.rehearsal(), ThreadPoolExecutor(COMPILE_THREADS, initializer=self._use_device) as pool:
+        with (
+            self.group.rehearsal(),
+            ThreadPoolExecutor(COMPILE_THREADS, initializer=use_device, initargs=(self.device,)) as pool,
+        ):
             jobs = [pool.submit(run_edits, batches[1]), *(pool.submit(run, batch) for batch in batches)]
             jobs += [pool.submit(run_matmuls, border + 1) for border in borders if border < config.max_step_tokens]
             for job in jobs:

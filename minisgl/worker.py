@@ -21,6 +21,7 @@ from minisgl.config import EngineConfig
 from minisgl.engine import Engine
 from minisgl.errors import MinisglError
 from minisgl.forward import Forward
+from minisgl.kernels.launch import use_device
 from minisgl.models.config import ModelConfig
 from minisgl.parallel import ProcessGroup, start_processes, stop_processes
 from minisgl.plan import CLOSE, Masks, Plan, PlanReader, PlanWriter, pack_masks
@@ -158,8 +159,7 @@ def _follow_plans(engine: Engine, reader: PlanReader) -> None:
 
 def _join_group(meeting: Meeting, config: EngineConfig, watch: Watch) -> ProcessGroup:
     device = torch.device(_of_rank(config, meeting).device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    use_device(device)
     start_processes(device.type, NEVER_S, meeting)
     group = ProcessGroup(device, config.tp, ordered=config.deterministic)
     watch.progress = lambda: group.num_exchanges
