@@ -34,8 +34,8 @@ from minisgl.structured import Matcher, fill_masks
 log = logging.getLogger("minisgl")
 
 # Forced tokens that are computed at once, in a step which is not captured and takes several times as long. In
-# bench/results/features.jsonl (Qwen3-8B, 64 requests that come to them at different times) 16 at once are the first to
-# pay; a request that runs alone would gain from fewer.
+# bench/results/features.jsonl (Qwen3-8B, 64 requests that come to them at different times) 16 at once pay; 4, 8 and
+# also 32 do not, for a reason not found. A request alone should gain from fewer: not measured.
 MIN_JUMP = 16
 
 
