@@ -3,6 +3,9 @@
 With no GPU, the interpreter of Triton is switched on for the whole session (it is chosen when a kernel is decorated).
 Tests in tests/kernels run the kernels through it; every other test runs the engine's CPU path, which is the torch
 references.
+
+With a GPU, only tests marked `gpu` see it: an engine that was given no device would take most of its memory from the
+other workers.
 """
 
 import os
@@ -11,7 +14,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # workers of pytest-xdist share the cores
-HAS_GPU = torch.cuda.is_available()
+is_available, visible_devices = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
+HAS_GPU = is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -24,6 +28,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Show the GPU, to this process and to those it starts, or hide it."""
+    if not HAS_GPU:
+        return
+    sees_gpu = item.get_closest_marker("gpu") is not None
+    torch.cuda.is_available = is_available if sees_gpu else lambda: False
+    if not sees_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif visible_devices is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
 
 
 @pytest.fixture(autouse=True)
