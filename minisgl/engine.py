@@ -319,7 +319,8 @@ class Engine:
         def run_edits(batch: Batch) -> None:
             self._run(batch, kv, EVERYTHING, max_len)
             masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
-            self.sample(self._run(batch, kv, masked=True), masks, np.full(1, -1, np.int32))
+            # Not `self.sample`, with which a first rank tells the others to do the same.
+            Engine.sample(self, self._run(batch, kv, masked=True), masks, np.full(1, -1, np.int32))
 
         @torch.inference_mode()
         def run_matmuls(num_rows: int) -> None:

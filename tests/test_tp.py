@@ -95,6 +95,15 @@ def test_deterministic_ranks(folder):
             assert alone.prompt_logprobs == result.prompt_logprobs
 
 
+def test_a_rank_compiles_without_the_others(folder):
+    with LLM(folder, **SMALL, tp=2) as llm:
+        engine = llm.core.engine
+        exchanges = engine.group.num_exchanges
+        engine._compile_kernels(engine.config)
+        assert engine.group.num_exchanges == exchanges
+        assert llm.generate([1, 2, 3], SamplingParams(**MANY))[0].finish_reason == "length"
+
+
 def test_a_rank_that_is_killed_ends_the_llm_and_not_the_process(folder):
     with LLM(folder, **SMALL, tp=2) as llm:
         stream = llm.stream([1, 2, 3], SamplingParams(**MANY))
