@@ -12,7 +12,9 @@ from minisgl.bench.tuning import Tuning
 from minisgl.kernels.attention_decode import attention_decode
 from minisgl.kernels.attention_prefill import attention_prefill, attention_prefill_reference, prefill_tiles
 from minisgl.kernels.attention_prefill import query_block as replaced_query_block
-from minisgl.kernels.invariant_attention import TILES, Tile, invariant_decode, invariant_prefill, query_block
+from minisgl.kernels.invariant_attention import TILES, Tile, query_block
+from minisgl.kernels.invariant_decode import invariant_decode
+from minisgl.kernels.invariant_prefill import invariant_prefill
 from minisgl.kernels.paged import shuffled_page_table
 
 PAGE_SIZE, HEADS, KV_HEADS, HEAD_DIM = 64, 32, 8, 128

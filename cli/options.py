@@ -76,7 +76,7 @@ def _follow(rank: int, tp: int, dp: int) -> None:
     if dp > 1:
         os.environ[OF_REPLICA] = str(rank // tp)
     if dp > 1 and rank % tp == 0:
-        from minisgl.replica import join  # imports torch
+        from minisgl.replica_process import join  # imports torch
 
         join()
     else:

@@ -15,7 +15,8 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from minisgl.errors import MinisglError, RequestError
-    from minisgl.llm import LLM, Delta
+    from minisgl.llm import LLM
+    from minisgl.output_text import Delta
     from minisgl.request import Embedding, Result, SamplingParams, Score, TokenLogprobs, Usage
     from minisgl.structured import ResponseFormat
 
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Delta": "minisgl.llm",
+    "Delta": "minisgl.output_text",
     "Embedding": "minisgl.request",
     "LLM": "minisgl.llm",
     "MinisglError": "minisgl.errors",

@@ -6,9 +6,8 @@
 Knows text: tokenizer, chat template, stop strings, streams. What runs when, and how, is `Core`'s.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -20,11 +19,11 @@ from minisgl.bad_words import bans_of
 from minisgl.chat import ChatFormat, ChatPrompt
 from minisgl.config import EngineConfig
 from minisgl.core import open_core
-from minisgl.detokenizer import Detokenizer
 from minisgl.errors import MinisglError, RequestError
 from minisgl.messages import Messages
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
+from minisgl.output_text import Delta, OutputText
 from minisgl.pairs import Prompt, check_ids, encode_pairs
 from minisgl.parsers.reasoning import END as END_OF_THINKING
 from minisgl.request import (
@@ -35,7 +34,6 @@ from minisgl.request import (
     Result,
     SamplingParams,
     Score,
-    TokenLogprobs,
     Usage,
 )
 from minisgl.structured import GrammarCompiler, Matcher, ResponseFormat
@@ -44,47 +42,6 @@ from minisgl.weights import resolve_model
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 Asked = tuple[Sequence[int], SamplingParams, ChatPrompt | None]  # token ids; of a conversation, how it was rendered
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a streamed request has got since the last one; `result` is the whole answer, with the last delta."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None = None
-    result: Result | None = None
-
-
-class Output:
-    """The text of a request while it runs."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer, streamed: bool) -> None:
-        self._request = request
-        self._detokenizer = Detokenizer.of(request.params, tokenizer)
-        self._pieces: list[str] = []
-        self._num_seen = 0  # output tokens
-        self.deltas: deque[Delta] | None = deque() if streamed else None
-
-    def update(self) -> bool:
-        """Take in the tokens that the request has got; True when a stop string ends it."""
-        request = self._request
-        new = request.output_ids[self._num_seen :]
-        text = ""
-        for token in new:
-            self._num_seen += 1
-            if token not in request.stop_ids:
-                text += self._detokenizer.push([token])
-        self._pieces.append(text)
-        if self.deltas is not None and new:
-            logprobs = None if request.params.logprobs is None else request.logprobs[-len(new) :]
-            self.deltas.append(Delta(text, new, logprobs))
-        return self._detokenizer.stopped
-
-    def finish(self) -> tuple[str, str]:
-        """(the whole text, what no delta has of it yet)."""
-        rest = self._detokenizer.finish()
-        return "".join([*self._pieces, rest]), rest
 
 
 class LLM:
@@ -108,7 +65,7 @@ class LLM:
         self.core = open_core(asked, self.model_config, folder, generation_defaults(folder, self.model_config, eos_id))
         self.config = self.core.config
         # Requests whose text is made while they run: for stop strings, or for a stream.
-        self._outputs: dict[Request, Output] = {}
+        self._outputs: dict[Request, OutputText] = {}
         self._grammars: GrammarCompiler | None = None
 
     @cached_property
@@ -324,7 +281,7 @@ class LLM:
         self.core.submit(requests)
         for request in requests:
             if streamed or request.params.stop:
-                self._outputs[request] = Output(request, self.tokenizer, streamed)
+                self._outputs[request] = OutputText(request, self.tokenizer, streamed)
 
     def step(self) -> list[tuple[Request, Result]]:
         """Run a step of the engine; returns the requests that ended. Streamed ones are answered by their streams."""

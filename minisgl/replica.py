@@ -1,186 +1,135 @@
-"""One of several engines: requests come by a connection, EngineCore answers them step by step.
+"""A replica, as far as the process knows it that hands out the work, and how the processes of replicas start.
 
-    python -m minisgl.replica FD      of a connection that is inherited
-    join()                            in a process of torchrun
+`Replicas` decides which request it gets; `ReplicaProcess` is what answers, at the other end of the connection.
 
-It ends with the process that hands out the work: its connection ends then, whatever a step is doing.
-
-Knows messages and EngineCore. Does not know the other replicas.
+Knows connections, messages as bytes, and which prompts were sent. Does not know the other replicas.
 """
 
+import contextlib
 import os
 import queue
-import signal
-import sys
+import subprocess
 import threading
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, NoReturn
+import time
+from collections import deque
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
 
 import torch
 
 from minisgl.config import EngineConfig
-from minisgl.engine_core import EngineCore
-from minisgl.models.config import ModelConfig
-from minisgl.models.generation import generation_defaults
-from minisgl.plan import pack, unpack
-from minisgl.processes import FAILED, OF_REPLICA, Meeting, connect, is_of_torchrun
-from minisgl.replica_messages import pack_ids, pack_progress, unpack_requests
+from minisgl.core import CoreStats
+from minisgl.plan import unpack
+from minisgl.processes import EXIT_S, OF_REPLICA, Meeting, accept, end, how_it_ended, is_of_torchrun, start_module
+from minisgl.radix_cache import RadixCache
+from minisgl.replica_messages import BEAT
 from minisgl.request import Request
-from minisgl.resolve import resolve_device
-from minisgl.structured import GrammarCopies
-from minisgl.tokenizer import Tokenizer
-from minisgl.watch import SILENT_S, describe, print_failure
+from minisgl.upload import Ints
 
-IDLE_S = 0.5  # between looks at the ranks, while no request is there
-
-Told = tuple[dict[str, Any], dict[int, Request]]  # a message's header, and the requests that it brings
+BEAT_S = 5.0
 
 
-class ReplicaProcess:
-    """Serves one EngineCore over `connection`, which brings a sign of life each `silent_s` or ends with the process at
-    its other end."""
+class Replica:
+    """A replica, as far as it is known here. load: what it has to do, in prompt tokens."""
 
-    def __init__(self, connection: "Connection[bytes, bytes]", silent_s: float | None = None) -> None:
-        self._connection = connection
-        self._silent_s = silent_s
-        self._sending = threading.Lock()
-        self._inbox: queue.SimpleQueue[Told] = queue.SimpleQueue()
-        self._job: dict[str, Any] = {}
-        self._requests: dict[int, Request] = {}
-        self._num_sent: dict[int, int] = {}  # output tokens
-        threading.Thread(target=self._failing, args=[self._read], daemon=True).start()
+    def __init__(self, connection: "Connection[bytes, bytes]", process: "subprocess.Popen[bytes] | None") -> None:
+        self.connection = connection
+        self.process = process  # None: on another rank of torchrun
+        self.requests: dict[int, Request] = {}  # by id, until they end
+        self.load = 0
+        self.sent = RadixCache(1)  # prompts; what it holds are no pages
+        self.stats = CoreStats()
+        self.inbox: deque[tuple[dict[str, Any], Ints]] = deque()
+        self.heard_s = time.monotonic()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._post, daemon=True).start()
 
-    def run(self) -> None:
-        """Load the model and answer, until told to close."""
-        self._failing(self._answer)
+    def send(self, message: bytes) -> None:
+        """Never waits, whatever the replica does."""
+        self._outbox.put(message)
 
-    def _answer(self) -> None:
-        core = self._load(self._inbox.get()[0]["begin"])
-        core.engine.on_hang(lambda failure: self._send(pack({"failed": failure})))
-        self._send(pack({"ready": vars(core.config)}))
-        while self._receive(core):
-            progressed = core.step() if core.num_unfinished else []
-            found = [(request.index, request, self._num_sent[request.index]) for request in progressed]
-            self._send(pack_progress(found, core.stats()))
-            for id, request, _ in found:
-                self._num_sent[id] = request.num_output
-                if request.finish_reason:
-                    self._forget(id)
-        core.close()
+    def _post(self) -> None:
+        beat_s = BEAT_S if self.process is None else None  # the other end of a pipe knows when this process ends
+        with contextlib.suppress(OSError):  # it is gone: whoever listens finds out
+            while True:
+                message: bytes | None = BEAT
+                with contextlib.suppress(queue.Empty):
+                    message = self._outbox.get(timeout=beat_s)
+                if message is None:
+                    return
+                self.connection.send_bytes(message)
 
-    def _load(self, job: dict[str, Any]) -> EngineCore:
-        folder, config = Path(job["folder"]), EngineConfig(**job["config"])
-        device = resolve_device(config.device)
-        if device.type == "cuda" and is_of_torchrun() and config.tp == 1:
-            config = replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
-        if device.type == "cpu" and not is_of_torchrun():  # which has set OMP_NUM_THREADS
-            torch.set_num_threads(max(1, torch.get_num_threads() // job["num_replicas"]))
-        model_config = ModelConfig.from_folder(folder)
-        return EngineCore(config, model_config, folder, generation_defaults(folder, model_config, None))
+    def read(self) -> None:
+        """Take in one message, which is there. EOFError and OSError when the replica is gone."""
+        self.inbox.append(unpack(self.connection.recv_bytes()))
+        self.heard_s = time.monotonic()
 
-    def _receive(self, core: EngineCore) -> bool:
-        """Do what all messages say that are there; wait for one when nothing else is to do. False: end."""
-        submitted: list[Request] = []
-        wait = not core.num_unfinished
-        while wait or not self._inbox.empty():
-            try:
-                header, requests = self._inbox.get(timeout=IDLE_S)
-            except queue.Empty:
-                core.check()
-                continue
-            wait = False
-            if "close" in header:
-                return False
-            self._requests |= requests
-            self._num_sent |= dict.fromkeys(requests, 0)
-            submitted += requests.values()
-            if "abort" in header or "drop" in header:
-                core.submit(submitted)
-                submitted = []
-            for id in header.get("abort", ()):
-                if request := self._requests.get(id):  # it may have ended meanwhile
-                    self._forget(id)
-                    core.abort(request)
-            if "drop" in header:
-                dropped = [request.index for request in core.drop_waiting()]
-                for id in dropped:
-                    self._forget(id)
-                self._send(pack_ids("dropped", dropped))
-            if "forget" in header:
-                core.reset_prefix_cache()
-        core.submit(submitted)
-        return True
+    def start(self, config: EngineConfig) -> None:
+        """It is loaded, with this config of its own."""
+        assert config.num_pages is not None
+        capacity = config.num_pages * config.page_size
+        self.sent, self.stats = RadixCache(config.page_size), CoreStats(capacity=capacity, free=capacity)
 
-    def _forget(self, id: int) -> None:
-        del self._requests[id], self._num_sent[id]
+    def prompt_tokens_to_do(self, request: Request) -> int:
+        """Of a request, as far as is known."""
+        _, known = self.sent.match(request.tokens[: request.num_prompt])
+        return request.num_prompt - len(known) * self.sent.page_size
 
-    def _read(self) -> None:
-        """Take in messages and make their requests, beside the steps."""
-        while True:
-            try:
-                if not self._connection.poll(self._silent_s):
-                    self._end(f"rank 0 has shown no sign of life for {self._silent_s:g} s: it is stopped, or gone")
-                header, arrays = unpack(self._connection.recv_bytes())
-            except (EOFError, OSError):
-                self._end()
-            if not header:
-                continue
-            requests: dict[int, Request] = {}
-            if "begin" in header:
-                self._job = header["begin"]
-            elif "submit" in header:
-                eos_ids = frozenset(self._job["eos_ids"])
-                requests = unpack_requests(header, arrays, eos_ids, lambda *text: self._grammars.get(*text))
-            elif "abort" in header:
-                header["abort"] = arrays.tolist()
-            self._inbox.put((header, requests))
+    def note_sent(self, request: Request) -> None:
+        """Remember a prompt, and no more of them than the replica's pages hold."""
+        page_size = self.sent.page_size
+        prompt = request.tokens[: request.num_prompt // page_size * page_size]
+        node, known = self.sent.match(prompt)
+        self.sent.insert(node, prompt, [0] * (len(prompt) // page_size - len(known)))
+        self.sent.evict(self.sent.num_pages - self.stats.capacity // page_size)
 
-    @cached_property
-    def _grammars(self) -> GrammarCopies:
-        folder = Path(self._job["folder"])
-        return GrammarCopies(Tokenizer(folder), ModelConfig.from_folder(folder).vocab_size, self._job["eos_ids"])
+    def how_it_ended(self) -> str:
+        """Its connection has."""
+        if self.process is None:
+            return "is gone; torchrun says below which rank ended first, and how"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(EXIT_S)
+        return how_it_ended(self.process) or "is gone"
 
-    def _failing(self, work: Callable[[], None]) -> None:
-        """What fails in any thread ends the replica, which says why."""
-        try:
-            work()
-        except Exception as error:
-            self._send(pack({"failed": describe(error)}))
-            os._exit(FAILED)  # at once, whatever other threads and devices wait for
+    def wait(self) -> None:
+        """It was told to end."""
+        with contextlib.suppress(subprocess.TimeoutExpired, EOFError, OSError):
+            if self.process:
+                self.process.wait(EXIT_S)
+            while self.connection.poll(EXIT_S):
+                self.connection.recv_bytes()  # what it said before
 
-    def _send(self, message: bytes) -> None:
-        try:
-            with self._sending:
-                self._connection.send_bytes(message)
-        except OSError:
-            self._end()
-
-    def _end(self, reason: str = "") -> NoReturn:
-        """Nobody hands out work any more."""
-        if reason and os.environ[OF_REPLICA] == "1":  # one line, and not one of each
-            print_failure(reason)
-        os._exit(FAILED)
+    def kill(self) -> None:
+        """On another machine, it ends with its connection."""
+        self._outbox.put(None)
+        if self.process:
+            end([self.process])
+        self.connection.close()
 
 
-def join() -> None:
-    """Be the replica whose first rank this process of torchrun is, until the first process ends the job."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as with Ctrl-C, the first process decides what follows
+def start_replicas(config: EngineConfig) -> list[Replica]:
+    """The processes, those of torchrun in the order of their ranks."""
+    if not is_of_torchrun():
+        return [_start_here({OF_REPLICA: number, **_gpus(config, number)}) for number in range(config.dp)]
+    first = _start_here({OF_REPLICA: 0})  # in the place of this process, which has a rank and hands out the work
     meeting = Meeting.join()
-    job = meeting.await_job()
-    if job is None:
-        return
-    connection = connect(meeting, job)
-    connection.send_bytes(pack({"rank": meeting.place.rank}))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ReplicaProcess(connection, SILENT_S).run()
+    by_rank = {}
+    for connection in accept(meeting, config.dp - 1, {}):
+        header, _ = unpack(connection.recv_bytes())
+        by_rank[header["rank"]] = Replica(connection, None)
+    return [first, *(by_rank[rank] for rank in sorted(by_rank))]
 
 
-if __name__ == "__main__":
-    if is_of_torchrun():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ReplicaProcess(Connection(int(sys.argv[1]))).run()
+def _start_here(environment: dict[str, object]) -> Replica:
+    own, its = Pipe()
+    process = start_module("minisgl.replica_process", str(its.fileno()), environment=environment, fds=[its.fileno()])
+    its.close()
+    return Replica(own, process)
+
+
+def _gpus(config: EngineConfig, number: int) -> dict[str, object]:
+    """What shows a replica its GPUs alone."""
+    if config.device == "cpu":
+        return {}
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(shown.split(",")[number * config.tp :][: config.tp])}

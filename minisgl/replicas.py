@@ -10,16 +10,11 @@ Knows requests and what is known of the replicas. Does not know tensors, or how 
 """
 
 import atexit
-import contextlib
 import itertools
-import os
-import queue
-import subprocess
-import threading
 import time
 from collections import deque
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -30,101 +25,21 @@ from minisgl.core import Core, CoreStats
 from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import GenerationDefaults
-from minisgl.plan import pack, unpack
+from minisgl.plan import pack
 from minisgl.planner import plan_order
-from minisgl.processes import EXIT_S, OF_REPLICA, Meeting, accept, end, how_it_ended, is_of_torchrun, start_module
-from minisgl.radix_cache import RadixCache
-from minisgl.replica_messages import BEAT, CLOSE, DROP, FORGET, pack_ids, pack_requests, read_progress
+from minisgl.replica import Replica, start_replicas
+from minisgl.replica_messages import CLOSE, DROP, FORGET, pack_ids, pack_requests, read_progress
 from minisgl.request import Request
 from minisgl.resolve import resolve
 from minisgl.upload import Ints
 
 # What an output token takes, in prompt tokens: on an H200 3.4 with Qwen3-8B and 16 with Qwen3-0.6B (bench/results).
 OUTPUT_COST = 4
-BEAT_S = 5.0
 POLL_S = 0.5  # between looks at the clock, while no replica says anything
 AWAY_S = 1.0  # the caller did something else: that time is nobody's fault
 EXPLAIN_S = 8.0  # for the ranks of a replica to find out which of them hangs
 
 CPU = torch.device("cpu")
-
-
-class Replica:
-    """A replica, as far as it is known here. load: what it has to do, in prompt tokens."""
-
-    def __init__(self, connection: "Connection[bytes, bytes]", process: "subprocess.Popen[bytes] | None") -> None:
-        self.connection = connection
-        self.process = process  # None: on another rank of torchrun
-        self.requests: dict[int, Request] = {}  # by id, until they end
-        self.load = 0
-        self.sent = RadixCache(1)  # prompts; what it holds are no pages
-        self.stats = CoreStats()
-        self.inbox: deque[tuple[dict[str, Any], Ints]] = deque()
-        self.heard_s = time.monotonic()
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        threading.Thread(target=self._post, daemon=True).start()
-
-    def send(self, message: bytes) -> None:
-        """Never waits, whatever the replica does."""
-        self._outbox.put(message)
-
-    def _post(self) -> None:
-        beat_s = BEAT_S if self.process is None else None  # the other end of a pipe knows when this process ends
-        with contextlib.suppress(OSError):  # it is gone: whoever listens finds out
-            while True:
-                message: bytes | None = BEAT
-                with contextlib.suppress(queue.Empty):
-                    message = self._outbox.get(timeout=beat_s)
-                if message is None:
-                    return
-                self.connection.send_bytes(message)
-
-    def read(self) -> None:
-        """Take in one message, which is there. EOFError and OSError when the replica is gone."""
-        self.inbox.append(unpack(self.connection.recv_bytes()))
-        self.heard_s = time.monotonic()
-
-    def start(self, config: EngineConfig) -> None:
-        """It is loaded, with this config of its own."""
-        assert config.num_pages is not None
-        capacity = config.num_pages * config.page_size
-        self.sent, self.stats = RadixCache(config.page_size), CoreStats(capacity=capacity, free=capacity)
-
-    def prompt_tokens_to_do(self, request: Request) -> int:
-        """Of a request, as far as is known."""
-        _, known = self.sent.match(request.tokens[: request.num_prompt])
-        return request.num_prompt - len(known) * self.sent.page_size
-
-    def note_sent(self, request: Request) -> None:
-        """Remember a prompt, and no more of them than the replica's pages hold."""
-        page_size = self.sent.page_size
-        prompt = request.tokens[: request.num_prompt // page_size * page_size]
-        node, known = self.sent.match(prompt)
-        self.sent.insert(node, prompt, [0] * (len(prompt) // page_size - len(known)))
-        self.sent.evict(self.sent.num_pages - self.stats.capacity // page_size)
-
-    def how_it_ended(self) -> str:
-        """Its connection has."""
-        if self.process is None:
-            return "is gone; torchrun says below which rank ended first, and how"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(EXIT_S)
-        return how_it_ended(self.process) or "is gone"
-
-    def wait(self) -> None:
-        """It was told to end."""
-        with contextlib.suppress(subprocess.TimeoutExpired, EOFError, OSError):
-            if self.process:
-                self.process.wait(EXIT_S)
-            while self.connection.poll(EXIT_S):
-                self.connection.recv_bytes()  # what it said before
-
-    def kill(self) -> None:
-        """On another machine, it ends with its connection."""
-        self._outbox.put(None)
-        if self.process:
-            end([self.process])
-        self.connection.close()
 
 
 class Handed(NamedTuple):
@@ -150,7 +65,7 @@ class Replicas(Core):
         self._closed = False
         self._left_s = time.monotonic()  # the last step
         self._limit_s = float("inf")  # until all are loaded
-        self._replicas = _start(config)
+        self._replicas = start_replicas(config)
         atexit.register(self.close)
         try:
             job = {
@@ -350,31 +265,3 @@ class Replicas(Core):
 def _load(request: Request, handed: Handed) -> int:
     """What a replica still has to do for a request, in prompt tokens."""
     return handed.prompt_tokens + OUTPUT_COST * (request.max_total - request.num_tokens)
-
-
-def _start(config: EngineConfig) -> list[Replica]:
-    """The processes, those of torchrun in the order of their ranks."""
-    if not is_of_torchrun():
-        return [_start_here({OF_REPLICA: number, **_gpus(config, number)}) for number in range(config.dp)]
-    first = _start_here({OF_REPLICA: 0})  # in the place of this process, which has a rank and hands out the work
-    meeting = Meeting.join()
-    by_rank = {}
-    for connection in accept(meeting, config.dp - 1, {}):
-        header, _ = unpack(connection.recv_bytes())
-        by_rank[header["rank"]] = Replica(connection, None)
-    return [first, *(by_rank[rank] for rank in sorted(by_rank))]
-
-
-def _start_here(environment: dict[str, object]) -> Replica:
-    own, its = Pipe()
-    process = start_module("minisgl.replica", str(its.fileno()), environment=environment, fds=[its.fileno()])
-    its.close()
-    return Replica(own, process)
-
-
-def _gpus(config: EngineConfig, number: int) -> dict[str, object]:
-    """What shows a replica its GPUs alone."""
-    if config.device == "cpu":
-        return {}
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(shown.split(",")[number * config.tp :][: config.tp])}

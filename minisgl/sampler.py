@@ -1,14 +1,18 @@
 """Logits -> token ids and logprobs, where each rank of a group has the logits of its slice of the vocabulary.
 
-Ranks exchange what `kernels.sharded_sampling` finds in their slices: a few numbers a row, never logits. All come to the
-same ids, at any number of ranks those of one. Knows the group and the slice. Does not know requests.
+Ranks exchange what the kernels of `kernels.sharded_bounds`, `sharded_thresholds` and `sharded_draws` find in their
+slices: a few numbers a row, never logits. All come to the same ids, at any number of ranks those of one.
+
+Knows the group and the slice. Does not know requests.
 """
 
 import torch
 
 from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import sample
-from minisgl.kernels.sharded_sampling import Samples, Slice, bounds, choose, draw, num_passes, tally
+from minisgl.kernels.sharded_bounds import Samples, Slice, bounds
+from minisgl.kernels.sharded_draws import choose, draw
+from minisgl.kernels.sharded_thresholds import num_passes, tally
 from minisgl.kernels.vocab_blocks import summarize_blocks
 from minisgl.parallel import ParallelGroup
 from minisgl.shards import Shard

@@ -10,6 +10,7 @@ import pytest
 from minisgl import LLM, MinisglError, SamplingParams, replicas
 from minisgl.core import CoreStats
 from minisgl.plan import pack, unpack
+from minisgl.replica import Replica
 from minisgl.replica_messages import pack_ids, pack_progress, unpack_requests
 from tests.test_tp import MANY, SMALL, _other_ranks_run_references, answers, expected, folder  # noqa: F401
 
@@ -98,9 +99,9 @@ def far_ends(folder, monkeypatch):  # noqa: F811
     def start(resolved):
         for end in ends:
             end.ready({**vars(resolved), "num_pages": 1000, "dp": 1})
-        return [replicas.Replica(end.near, None) for end in ends]
+        return [Replica(end.near, None) for end in ends]
 
-    monkeypatch.setattr(replicas, "_start", start)
+    monkeypatch.setattr(replicas, "start_replicas", start)
     with LLM(folder, **config, dp=2, watchdog_s=1) as llm:
         yield llm, ends
         for end in ends:

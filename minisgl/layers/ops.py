@@ -12,9 +12,10 @@ import torch
 
 from minisgl.kernels.attention_decode import attention_decode
 from minisgl.kernels.attention_prefill import attention_prefill, query_block
-from minisgl.kernels.invariant_attention import invariant_decode, invariant_prefill
 from minisgl.kernels.invariant_attention import query_block as invariant_query_block
+from minisgl.kernels.invariant_decode import invariant_decode
 from minisgl.kernels.invariant_matmul import invariant_matmul, row_borders
+from minisgl.kernels.invariant_prefill import invariant_prefill
 
 
 class Ops(NamedTuple):

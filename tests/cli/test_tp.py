@@ -155,7 +155,7 @@ def test_a_replica_that_hangs_ends_the_job_which_can_go_on(folder: Path) -> None
     process = start(folder, [*command, "--dp", "2", "--watchdog-s", "3"])
     while process.poll() is None and not (output.exists() and output.stat().st_size):
         time.sleep(0.05)
-    replicas = sorted(followers_of(process.pid, "replica"))
+    replicas = sorted(followers_of(process.pid, "replica_process"))
     stop(replicas[1])
     _, err = process.communicate(timeout=30)
     assert process.returncode == 2 and "Traceback" not in err

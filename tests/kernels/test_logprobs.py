@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from minisgl.kernels import launch
 from minisgl.kernels.logprobs import MAX_TOP, logprobs, logprobs_reference
+from tests.kernels.sharded_ranks import on_ranks
 
 HAS_GPU = torch.cuda.is_available()
 INF = float("inf")
@@ -71,6 +73,23 @@ def test_sizes_of_nothing(device):
     of_ids, top_ids, top = logprobs(torch.randn(4, 70, device=device), ids)
     assert of_ids.isfinite().all() and top_ids.shape == top.shape == (4, 0)
     assert [x.shape for x in logprobs(torch.randn(0, 70, device=device), ids[:0], 2)] == [(0,), (0, 2), (0, 2)]
+
+
+@pytest.mark.parametrize("num_top", [0, 5])
+@pytest.mark.parametrize("num_ranks, vocab", [(2, 1000), (4, 264), (3, 63)])
+def test_ranks_with_a_slice_each_equal_one_rank(device, dtype, num_ranks, vocab, num_top, monkeypatch):
+    if device.type == "cpu":
+        monkeypatch.setattr(launch, "INTERPRET", False)
+    logits = (4 * torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype).to(device)
+    logits[1] = logits[1].round()  # ties
+    logits[2, 3:] = -torch.inf  # fewer than num_top
+    logits[3] = -torch.inf
+    ids = torch.tensor([0, vocab - 1, 5, 7, vocab // 2, 62], dtype=torch.int32, device=device)
+    expected, expected_ids, expected_top = logprobs(logits, ids, num_top)
+    for of_ids, top_ids, top in on_ranks(logits, num_ranks, lambda s, own: s.logprobs(own, ids, num_top)):
+        torch.testing.assert_close(of_ids, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(top_ids, expected_ids)
+        torch.testing.assert_close(top, expected_top, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 import torch
 
-from minisgl.kernels import invariant_attention as module
-from minisgl.kernels.invariant_attention import invariant_decode, invariant_prefill
+from minisgl.kernels.invariant_decode import _invariant_decode_kernel, invariant_decode
 from minisgl.kernels.launch import architecture
 from minisgl.kernels.paged import SHARED_MEMORY
 
@@ -15,9 +14,8 @@ def launch() -> None:
     compile_one(torch.bfloat16, 128, window=4096)
     compile_one(torch.bfloat16, 128, page_size=16)
     limit = SHARED_MEMORY[architecture(torch.device("cpu"))]
-    for kernel in (module._invariant_prefill_kernel, module._invariant_decode_kernel):
-        for shared in (one.metadata.shared for one in kernel.device_caches[0][0].values()):
-            assert shared <= limit, f"{shared} bytes of shared memory; {limit} are there"
+    for shared in (one.metadata.shared for one in _invariant_decode_kernel.device_caches[0][0].values()):
+        assert shared <= limit, f"{shared} bytes of shared memory; {limit} are there"
 
 
 def compile_one(dtype: torch.dtype, head_dim: int, page_size: int = 64, window: int = 0) -> None:
@@ -27,5 +25,3 @@ def compile_one(dtype: torch.dtype, head_dim: int, page_size: int = 64, window: 
     index = torch.zeros(2, dtype=torch.int32)
     out = torch.empty(q.shape, dtype=dtype)
     invariant_decode(q, cache, cache, index[None], index, index, 9000, scale=1.0, window=window, out=out)
-    pages = cache, cache, index[None], index[:1], index, index[:1], index[None]
-    invariant_prefill(q, *pages, scale=1.0, window=window, out=out)

@@ -1,18 +1,15 @@
-"""Ranks that each have a slice of the logits sample what one rank samples of them all."""
+"""Ranks that each have a slice of the logits, as threads of one process; arguments of the sharded kernels."""
 
 import threading
 
-import pytest
 import torch
 
-from minisgl.kernels import launch
-from minisgl.kernels.logprobs import logprobs
 from minisgl.kernels.sampling import sample
+from minisgl.kernels.sharded_bounds import Samples, Slice
 from minisgl.parallel import ParallelGroup
 from minisgl.sampler import Sampler
 from minisgl.shards import Cut, Ranks, Shard
 
-HAS_GPU = torch.cuda.is_available()
 ROWS = 16
 NO_CUT = Cut.none(1)
 
@@ -89,53 +86,26 @@ def asked(device, *, filters):
     return numbers.to(device), positions.to(device), *tables
 
 
-@pytest.mark.parametrize("num_ranks, vocab", [(2, 1000), (4, 264)] + [(4, 151_936)] * HAS_GPU)
-def test_equals_one_rank(num_ranks, vocab, dtype, device):
-    check_equals_one_rank(num_ranks, vocab, dtype, device)
-
-
-@pytest.mark.parametrize("num_ranks, vocab", [(2, 1000), (4, 5000), (8, 264), (3, 63)])
-def test_the_reference_equals_one_rank(num_ranks, vocab, dtype, monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
-    check_equals_one_rank(num_ranks, vocab, dtype, torch.device("cpu"))
-
-
-def check_equals_one_rank(num_ranks, vocab, dtype, device):
+def check_equals_one_rank(num_ranks, vocab, dtype, device, *, filters):
+    """All ranks come to the ids that `sample` has of all logits, broken and equal ones among them."""
     generator = torch.Generator().manual_seed(vocab)
     logits = (4 * torch.randn(ROWS, vocab, generator=generator)).to(dtype).to(device)
     logits[5, 7], logits[6, vocab - 1], logits[7] = torch.nan, torch.inf, -torch.inf
     logits[8] = logits[8].round()  # many ties
     logits[9, : vocab // 2] = -torch.inf
-    for filters in (True, False):
-        arguments = asked(device, filters=filters)
-        tokens = torch.full((ROWS, 64), -7, dtype=torch.int32, device=device)
-        expected_tokens = tokens.clone()
-        expected = sample(logits, *arguments, expected_tokens)
-        for ids, written in sample_in_slices(logits, num_ranks, arguments, tokens, filters):
-            assert ids.tolist() == expected.tolist()
-            assert torch.equal(written, expected_tokens)
+    arguments = asked(device, filters=filters)
+    tokens = torch.full((ROWS, 64), -7, dtype=torch.int32, device=device)
+    expected_tokens = tokens.clone()
+    expected = sample(logits, *arguments, expected_tokens)
+    for ids, written in sample_in_slices(logits, num_ranks, arguments, tokens, filters):
+        assert ids.tolist() == expected.tolist()
+        assert torch.equal(written, expected_tokens)
 
 
-def test_no_samples(device):
-    arguments = asked(device, filters=True)
-    empty = tuple(argument[:0] for argument in arguments[:2]) + arguments[2:]
-    tokens = torch.zeros(ROWS, 64, dtype=torch.int32, device=device)
-    for ids, _ in sample_in_slices(torch.empty(0, 500, device=device), 2, empty, tokens):
-        assert ids.shape == (0,)
-
-
-@pytest.mark.parametrize("num_top", [0, 5])
-@pytest.mark.parametrize("num_ranks, vocab", [(2, 1000), (4, 264), (3, 63)])
-def test_logprobs_equal_those_of_one_rank(device, dtype, num_ranks, vocab, num_top, monkeypatch):
-    if device.type == "cpu":
-        monkeypatch.setattr(launch, "INTERPRET", False)
-    logits = (4 * torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab))).to(dtype).to(device)
-    logits[1] = logits[1].round()  # ties
-    logits[2, 3:] = -torch.inf  # fewer than num_top
-    logits[3] = -torch.inf
-    ids = torch.tensor([0, vocab - 1, 5, 7, vocab // 2, 62], dtype=torch.int32, device=device)
-    expected, expected_ids, expected_top = logprobs(logits, ids, num_top)
-    for of_ids, top_ids, top in on_ranks(logits, num_ranks, lambda s, own: s.logprobs(own, ids, num_top)):
-        torch.testing.assert_close(of_ids, expected, rtol=1e-5, atol=1e-5)
-        assert torch.equal(top_ids, expected_ids)
-        torch.testing.assert_close(top, expected_top, rtol=1e-5, atol=1e-5)
+def compiled_ahead():
+    """(number of ranks, logits, slice, samples) of the shapes that are compiled ahead of time."""
+    index, table = torch.empty(3, dtype=torch.int32), torch.empty(5)
+    top_k, seed = torch.empty(5, dtype=torch.int32), torch.empty(5, dtype=torch.int64)
+    samples = Samples(index, index, table, top_k, table, table, seed)
+    for ranks, dtype, size in ((2, torch.bfloat16, 75968), (4, torch.float32, 512)):
+        yield ranks, torch.empty(3, size, dtype=dtype), Slice(0, size - 1, ranks * size), samples
