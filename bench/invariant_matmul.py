@@ -66,25 +66,28 @@ def _error(rows: int, device: torch.device) -> float:
     return float((y.double() - expected).abs().max() / expected.abs().max())
 
 
-# By the most rows. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its bits are the same.
-CANDIDATES: dict[int, list[Tile]] = {
-    16: [Tile(64, 16, 128, 4, stages, True, tma=True) for stages in (4, 5, 8)]
+# By the most rows and inputs. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its bits are
+# the same.
+CANDIDATES: dict[tuple[int, int], list[Tile]] = {
+    (16, ANY): [Tile(64, 16, 128, 4, stages, True, tma=True) for stages in (4, 5, 8)]
     + [Tile(64, 16, 64, 4, 8, True, tma=True), Tile(128, 16, 128, 4, 4, True, tma=True)]
     + [Tile(64, 16, 128, 4, 5, True), Tile(32, 16, 128, 4, 5, True, tma=True)],
-    32: [Tile(64, 32, 128, 4, stages, True, tma=True) for stages in (4, 6)]
+    (32, ANY): [Tile(64, 32, 128, 4, stages, True, tma=True) for stages in (4, 6)]
     + [Tile(128, 32, 64, 4, 5, True, tma=True), Tile(64, 32, 128, 4, 4, True)],
-    64: [Tile(64, 64, 128, 4, stages, True, tma=True) for stages in (3, 5)]
+    (64, ANY): [Tile(64, 64, 128, 4, stages, True, tma=True) for stages in (3, 5)]
     + [Tile(128, 64, 64, 4, stages, True, tma=True) for stages in (4, 6)]
     + [Tile(64, 64, 128, 4, 3, True), Tile(32, 64, 128, 4, 4, True, tma=True)],
-    128: [Tile(64, 128, 64, 4, 4, True, tma=True), Tile(64, 128, 128, 4, 4, True, tma=True)]
+    (128, ANY): [Tile(64, 128, 64, 4, 4, True, tma=True), Tile(64, 128, 128, 4, 4, True, tma=True)]
     + [Tile(128, 128, 64, 8, stages, True, tma=True) for stages in (3, 4, 6)],
-    256: [Tile(128, 128, 64, 8, stages, parallel, tma=True) for stages in (3, 4) for parallel in (True, False)]
+    (256, 8192): [Tile(128, 128, 64, 8, stages, parallel, tma=True) for stages in (3, 4) for parallel in (True, False)]
+    + [Tile(64, 128, 128, 4, 3, False, tma=True), Tile(128, 256, 64, 8, 4, True, tma=True)],
+    (256, ANY): [Tile(128, 128, 64, 8, stages, True, tma=True) for stages in (3, 4)]
     + [Tile(128, 256, 64, 8, 4, True, tma=True), Tile(64, 256, 64, 4, 4, True, tma=True)],
-    1024: [
+    (1024, ANY): [
         Tile(128, 128, 64, 8, stages, False, persistent, tma=True) for stages in (3, 4) for persistent in (False, True)
     ]
     + [Tile(128, 256, 64, 8, 4, parallel, tma=True) for parallel in (True, False)],
-    ANY: [
+    (ANY, ANY): [
         Tile(128, 256, 64, 8, stages, False, persistent, tma=True) for stages in (3, 4) for persistent in (False, True)
     ]
     + [Tile(128, 128, 64, 8, 3, False, tma=True), Tile(128, 128, 64, 8, 4, False, True, tma=True)],
@@ -92,10 +95,12 @@ CANDIDATES: dict[int, list[Tile]] = {
 
 
 def tunings(device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES) -> Iterator[Tuning]:
-    """Tiles by rows. A candidate whose rows have other bits than the table's other tiles give is printed as wrong."""
+    """Tiles by rows and inputs. Candidates whose rows have other bits than the table's other tiles are printed as
+    wrong."""
     weights = {shape: _weights(*shape, device) for shape in shapes}
     for bucket, tiles in CANDIDATES.items():
-        rows = min(bucket, 4096)
+        rows = min(bucket[0], 4096)
+        fitting = [(outputs, inputs) for outputs, inputs in shapes if inputs <= bucket[1]]
         xs = {inputs: torch.randn(rows, inputs, dtype=torch.bfloat16, device=device) for _, inputs in shapes}
         yield Tuning(
             op="invariant_matmul",
@@ -105,7 +110,7 @@ def tunings(device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES) ->
             error=partial(_error, min(rows, 2048), device),
             trials={
                 f"{rows} x {inputs} -> {outputs}": partial(_launch, xs[inputs], weights[outputs, inputs])
-                for outputs, inputs in shapes
+                for outputs, inputs in fitting
             },
             in_graph=rows <= 256,
         )

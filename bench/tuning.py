@@ -29,8 +29,8 @@ class Tuning:
     """One bucket of an op's tile table."""
 
     op: str
-    bucket: int
-    table: dict[str, dict[int, Any]]  # the kernel's own: the tile under trial is put there
+    bucket: Any  # a key of the table
+    table: dict[str, dict[Any, Any]]  # the kernel's own: the tile under trial is put there
     tiles: Sequence[Any]  # candidates
     error: Callable[[], float]  # of a launch at odd shapes with the table's tile, relative to the largest value
     trials: dict[str, Callable[[], Callable[[], object]]]  # shape: makes the launch to time, with the table's tile
@@ -89,7 +89,7 @@ def best_tile(tuning: Tuning, architecture: str) -> Any:
 
 
 @contextmanager
-def using(table: dict[str, dict[int, Any]], architecture: str, bucket: int, tile: Any) -> Iterator[None]:
+def using(table: dict[str, dict[Any, Any]], architecture: str, bucket: Any, tile: Any) -> Iterator[None]:
     """Have a kernel's table name this tile meanwhile."""
     before = table.get(architecture)
     table[architecture] = {**(before or {}), bucket: tile}

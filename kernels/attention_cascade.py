@@ -26,7 +26,7 @@ import triton.language as tl
 
 from minisgl.kernels.decode_splits import LONG_SPLIT, SHORT_CONTEXT, SHORT_SPLIT, decode_tile, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import check, check_same, next_power_of_2, use_triton
 from minisgl.kernels.paged import LOG2_E, check_attention, check_index, load_block, load_page_ids, online_softmax
 
 
@@ -69,7 +69,7 @@ def tile_members(heads: int, kv_heads: int, dtype: torch.dtype) -> int:
 
 
 def _block_rows(heads: int, kv_heads: int) -> int:
-    return int(max(16, triton.next_power_of_2(heads // kv_heads)))  # as in `attention_decode`
+    return max(16, next_power_of_2(heads // kv_heads))  # as in `attention_decode`
 
 
 def _block_members(heads: int, kv_heads: int) -> int:
@@ -269,7 +269,7 @@ def attention_cascade(
         BLOCKS=tile_size // block_members,
         BLOCK_G=_block_rows(heads, kv_heads),
         BLOCK_N=tile.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **dependent_launch(q.device),

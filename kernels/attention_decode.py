@@ -20,7 +20,7 @@ import triton.language as tl
 from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade
 from minisgl.kernels.decode_splits import SHORT_SPLIT, decode_tile, max_splits_of, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
-from minisgl.kernels.launch import num_multiprocessors, use_triton
+from minisgl.kernels.launch import cdiv, next_power_of_2, num_multiprocessors, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
@@ -361,7 +361,7 @@ def _launch(
         return
     _, page_size, kv_heads, _ = k_cache.shape
     tile = decode_tile(head_dim, q.device, q.dtype)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     max_splits = max_splits_of(max_kv_len, window, tile.block_n)
     partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
     logsumexp = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
@@ -402,7 +402,7 @@ def _launch(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         WINDOW=window,
-        BLOCK_G=max(16, triton.next_power_of_2(heads // kv_heads)),
+        BLOCK_G=max(16, next_power_of_2(heads // kv_heads)),
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
         ROTARY=rotary is not None,
@@ -416,7 +416,7 @@ def _launch(
     )
     if max_splits == 1:
         return
-    _combine_kernel[(triton.cdiv(heads, COMBINE_HEADS), batch)](
+    _combine_kernel[(cdiv(heads, COMBINE_HEADS), batch)](
         partial,
         logsumexp,
         kv_lens,

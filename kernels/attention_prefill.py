@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minisgl.kernels.launch import architecture, use_triton
+from minisgl.kernels.launch import architecture, next_power_of_2, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
@@ -107,7 +107,7 @@ FP32_TILES = {64: Tile(32, 32, 4, 2), 128: Tile(32, 32, 4, 1), 256: Tile(16, 16,
 
 def _tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
     tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
-    return tiles[max(64, triton.next_power_of_2(head_dim))]
+    return tiles[max(64, next_power_of_2(head_dim))]
 
 
 def query_block(head_dim: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -346,7 +346,7 @@ def attention_prefill_portable(
         WINDOW=window,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import cdiv, check, check_same, next_power_of_2, use_triton
 
 CHUNK = 2048  # tokens a program compares at once: 8 a thread from each sequence, at 8 warps
 PROGRAMS = 1024  # about one wave: an H200 holds 1056 programs of 8 warps
@@ -95,7 +95,7 @@ def common_prefix_lengths(
     pairs = len(lengths)
     if pairs == 0:
         return lengths
-    programs_of_pair = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, pairs)), MAX_PROGRAMS_OF_PAIR)
+    programs_of_pair = min(next_power_of_2(cdiv(PROGRAMS, pairs)), MAX_PROGRAMS_OF_PAIR)
     _common_prefix_kernel[(pairs, programs_of_pair)](
         queries, query_starts, keys, key_starts, lengths, CHUNK=CHUNK, num_warps=8
     )

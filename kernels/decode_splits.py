@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.launch import architecture
+from minisgl.kernels.launch import architecture, next_power_of_2
 
 # Keys of a split: short contexts need more programs than one a KV head to fill a GPU (1 x 1024 on an H200: 8.3 us with
 # splits of 256, 17.6 with 1024); long ones pay for every extra split (1 x 32768: 2.2 against 3.4 TB/s).
@@ -44,7 +44,7 @@ FP32_TILES = {64: Tile(32, 4, 2), 128: Tile(32, 4, 1), 256: Tile(16, 4, 1)}
 def decode_tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
     """The tile for a head dim."""
     tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
-    return tiles[max(64, triton.next_power_of_2(head_dim))]
+    return tiles[max(64, next_power_of_2(head_dim))]
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import cdiv, check, check_same, next_power_of_2, use_triton
 from minisgl.kernels.skinny_matmul import Stream, stream_reference
 
 
@@ -77,7 +77,7 @@ def embedding_stream(ids: torch.Tensor, weight: torch.Tensor, norm_weight: torch
     if not use_triton(weight):
         return stream_reference(embedding_reference(ids, weight), norm_weight, eps)
     y = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=weight.device)
-    parts = triton.cdiv(y.shape[1], _block(y.shape[1]))
+    parts = cdiv(y.shape[1], _block(y.shape[1]))
     stream = Stream(y, torch.empty_like(y), torch.empty(len(y), parts, dtype=torch.float32, device=y.device), eps)
     _launch(ids, weight, y, 0, norm_weight, stream.scaled, stream.squares)
     return stream
@@ -92,7 +92,7 @@ def _check(ids: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def _block(hidden: int) -> int:
-    return min(int(triton.next_power_of_2(hidden)), 1024)
+    return min(next_power_of_2(hidden), 1024)
 
 
 def _launch(
@@ -108,7 +108,7 @@ def _launch(
         return
     vocab, hidden = weight.shape
     block = _block(hidden)
-    _embedding_kernel[(len(ids) * triton.cdiv(hidden, block),)](
+    _embedding_kernel[(len(ids) * cdiv(hidden, block),)](
         ids,
         weight,
         y,

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minisgl.kernels.launch import architecture
+from minisgl.kernels.launch import architecture, next_power_of_2
 from minisgl.kernels.paged import MASKED_SCORE, load_block, load_page_ids
 
 # Keys of a split: whole blocks of every tile. Smaller is faster for few short sequences, larger for few long ones.
@@ -69,7 +69,7 @@ FP32_TILES = {64: Tile(16, 16, 4, 2), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16,
 
 def tile_of(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile:
     tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
-    return tiles[max(64, triton.next_power_of_2(head_dim))]
+    return tiles[max(64, next_power_of_2(head_dim))]
 
 
 def query_block(head_dim: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -249,7 +249,7 @@ def descriptors(k_cache: torch.Tensor, v_cache: torch.Tensor, tile: Tile) -> tup
 
 
 def block_d(head_dim: int) -> int:
-    return int(max(16, triton.next_power_of_2(head_dim)))
+    return max(16, next_power_of_2(head_dim))
 
 
 def launch_options(q: torch.Tensor, k_cache: torch.Tensor, window: int, tile: Tile, tma: bool) -> dict[str, int | bool]:

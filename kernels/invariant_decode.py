@@ -24,7 +24,7 @@ from minisgl.kernels.invariant_attention import (
     merge,
     tile_of,
 )
-from minisgl.kernels.launch import check, use_triton
+from minisgl.kernels.launch import cdiv, check, use_triton
 from minisgl.kernels.paged import LOG2_E, check_attention
 
 COMBINE_HEADS = 2  # of a program
@@ -177,14 +177,14 @@ def invariant_decode(
         return
     tile = tile_of(head_dim, q.device, q.dtype)
     kv_heads = k_cache.shape[2]
-    max_splits = max(triton.cdiv(max_kv_len, SPLIT), 1)
+    max_splits = max(cdiv(max_kv_len, SPLIT), 1)
     if window:  # wherever it begins in a split
-        max_splits = min(max_splits, triton.cdiv(window - 1, SPLIT) + 1)
+        max_splits = min(max_splits, cdiv(window - 1, SPLIT) + 1)
     partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
     maxima, sums = torch.empty(2, batch, max_splits, heads, dtype=torch.float32, device=q.device).unbind()
     k_desc, v_desc = descriptors(k_cache, v_cache, tile)
     launch = dependent_launch(q.device)
-    head_blocks = triton.cdiv(heads // kv_heads, tile.block_m)
+    head_blocks = cdiv(heads // kv_heads, tile.block_m)
     _invariant_decode_kernel[(max_splits * kv_heads * head_blocks, batch)](
         q,
         k_cache,
@@ -206,7 +206,7 @@ def invariant_decode(
         **launch,
     )
     if max_splits > 1:
-        _merge_splits_kernel[(triton.cdiv(heads, COMBINE_HEADS), batch)](
+        _merge_splits_kernel[(cdiv(heads, COMBINE_HEADS), batch)](
             partial,
             maxima,
             sums,

@@ -27,7 +27,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import architecture, check, check_same, num_multiprocessors, use_triton
+from minisgl.kernels.launch import architecture, cdiv, check, check_same, num_multiprocessors, use_triton
 
 ANY = 1 << 31  # no bound
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,23 +55,34 @@ class Tile(NamedTuple):
     tma: bool = False  # load by descriptor, where addresses and strides are multiples of 16 bytes
 
 
-# By architecture and the most rows of x; for 2-byte types.
-TILES: dict[str, dict[int, Tile]] = {
+# By architecture, and the most rows of x and inputs; for 2-byte types.
+Tiles = dict[tuple[int, int], Tile]
+TILES: dict[str, Tiles] = {
     "sm_90": {
-        16: Tile(64, 16, 128, 4, 5, parallel=True, tma=True),
-        32: Tile(64, 32, 128, 4, 4, parallel=True, tma=True),
-        64: Tile(64, 64, 128, 4, 3, parallel=True, tma=True),
-        128: Tile(128, 128, 64, 8, 3, parallel=True, tma=True),
-        256: Tile(128, 128, 64, 8, 3, parallel=True, tma=True),
-        1024: Tile(128, 128, 64, 8, 3, parallel=False, tma=True),
-        ANY: Tile(128, 256, 64, 8, 4, parallel=False, persistent=True, tma=True),
+        (16, ANY): Tile(64, 16, 128, 4, 5, parallel=True, tma=True),
+        (32, ANY): Tile(64, 32, 128, 4, 4, parallel=True, tma=True),
+        (64, ANY): Tile(64, 64, 128, 4, 3, parallel=True, tma=True),
+        (128, ANY): Tile(64, 128, 64, 4, 4, parallel=True, tma=True),
+        (256, 8192): Tile(128, 128, 64, 8, 4, parallel=False, tma=True),
+        (256, ANY): Tile(128, 256, 64, 8, 4, parallel=True, tma=True),
+        (1024, ANY): Tile(128, 128, 64, 8, 3, parallel=False, tma=True),
+        (ANY, ANY): Tile(128, 256, 64, 8, 4, parallel=False, persistent=True, tma=True),
     },
     # One block_k: the interpreter adds a block's products up before it adds them to the sum.
-    "cpu": {16: Tile(16, 16, 32, 4, 1, parallel=True), ANY: Tile(32, 32, 32, 4, 1, parallel=False, tma=True)},
+    "cpu": {
+        (16, ANY): Tile(16, 16, 32, 4, 1, parallel=True),
+        (ANY, ANY): Tile(32, 32, 32, 4, 1, parallel=False, tma=True),
+    },
 }
-SAFE_TILES = {256: Tile(64, 64, 64, 4, 2, parallel=True), ANY: Tile(64, 64, 64, 4, 2, parallel=False)}
+SAFE_TILES: Tiles = {
+    (256, ANY): Tile(64, 64, 64, 4, 2, parallel=True),
+    (ANY, ANY): Tile(64, 64, 64, 4, 2, parallel=False),
+}
 # Exact fp32 has no tensor cores.
-FP32_TILES = {16: Tile(32, 16, 32, 4, 2, parallel=True), ANY: Tile(32, 32, 32, 4, 2, parallel=False)}
+FP32_TILES: Tiles = {
+    (16, ANY): Tile(32, 16, 32, 4, 2, parallel=True),
+    (ANY, ANY): Tile(32, 32, 32, 4, 2, parallel=False),
+}
 
 
 def invariant_matmul_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -215,17 +226,18 @@ def _sum_splits_kernel(
     tl.store(y_ptr + places, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def _tiles(dtype: torch.dtype, device: torch.device) -> dict[int, Tile]:
+def _tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
     return FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
 
 
-def _tile(rows: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    return next(tile for max_rows, tile in sorted(_tiles(dtype, device).items()) if rows <= max_rows)
+def _tile(rows: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    tiles = _tiles(dtype, device)
+    return tiles[min(bucket for bucket in tiles if rows <= bucket[0] and inputs <= bucket[1])]
 
 
 def row_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
     """Numbers of rows above which `invariant_matmul` runs another kernel, for the same bits, ascending; 0 is first."""
-    return [0, *sorted(_tiles(dtype, device))[:-1]]
+    return [0, *sorted({max_rows for max_rows, _ in _tiles(dtype, device)})[:-1]]
 
 
 def _has_descriptor(x: torch.Tensor) -> bool:
@@ -261,12 +273,12 @@ def invariant_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    tile = _tile(rows, x.dtype, x.device)
+    tile = _tile(rows, inputs, x.dtype, x.device)
     split_k = split_inputs(outputs, inputs)
-    splits = triton.cdiv(inputs, split_k)
+    splits = cdiv(inputs, split_k)
     parallel = tile.parallel and splits > 1
     partial = torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device) if parallel else None
-    items = triton.cdiv(outputs, tile.block_n) * triton.cdiv(rows, tile.block_t) * (splits if parallel else 1)
+    items = cdiv(outputs, tile.block_n) * cdiv(rows, tile.block_t) * (splits if parallel else 1)
     tma = tile.tma and _has_descriptor(x) and _has_descriptor(weight)
     launch = dependent_launch(x.device)
     _invariant_matmul_kernel[(min(items, num_multiprocessors(x.device)) if tile.persistent else items,)](
@@ -295,7 +307,7 @@ def invariant_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
         **launch,
     )
     if partial is not None:
-        _sum_splits_kernel[(triton.cdiv(y.numel(), SUM_BLOCK),)](
+        _sum_splits_kernel[(cdiv(y.numel(), SUM_BLOCK),)](
             partial,
             bias,
             y,

@@ -39,8 +39,19 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own is for kernels: on the host it takes ten times as long."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """The least power of two that is not below x, which is positive. As `cdiv`."""
+    return 1 << (x - 1).bit_length()
+
+
 def check(condition: bool, message: str) -> None:
-    """Raise ValueError with `message`, which starts with the argument's name, unless the condition holds."""
+    """Raise ValueError with `message`, which starts with the argument's name, unless the condition holds. Not for
+    launchers that each layer of an eager step calls: there, messages made for nothing take a fifth of the time."""
     if not condition:
         raise ValueError(message)
 

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import cdiv, check, check_same, next_power_of_2, use_triton
 
 TEXT_TOKENS = 1024  # of a program: 8 a thread
 MASK_WORDS = 128  # of a program: 4,096 logits, 32 a thread
@@ -364,7 +364,7 @@ def edit_logits(
         check_same(name, x, device=logits.device, dtype=torch.float32 if name in real else torch.int32)
     check((masks is None) == (mask_of is None), "mask_of: comes with masks, or neither is given")
     tables = [("tokens", tokens, num_rows, max_position), ("counts", counts, samples, vocab)]
-    tables += [("masks", masks, 0, triton.cdiv(first_id + vocab, 32))] if masks is not None else []
+    tables += [("masks", masks, 0, cdiv(first_id + vocab, 32))] if masks is not None else []
     for name, x, height, width in tables:
         check(x.dim() == 2 and len(x) >= height, f"{name}: expected at least {height} rows, got {list(x.shape)}")
         check(x.shape[1] >= width, f"{name}: expected at least {width} columns, got {list(x.shape)}")
@@ -378,8 +378,8 @@ def edit_logits(
     if masks is not None:
         masks = masks[:, first_id // 32 :]
 
-    text_programs = max(triton.cdiv(max_position, TEXT_TOKENS), 1)
-    mask_programs = triton.cdiv(vocab, 32 * MASK_WORDS) if masks is not None else 0
+    text_programs = max(cdiv(max_position, TEXT_TOKENS), 1)
+    mask_programs = cdiv(vocab, 32 * MASK_WORDS) if masks is not None else 0
     text = (
         *(logits, logits.stride(0), counts, counts.stride(0), rows, positions, tokens, tokens.stride(0)),
         *(edits.prompt_length, edits.repetition, edits.presence, edits.frequency),
@@ -393,8 +393,8 @@ def edit_logits(
         edits.bans,
         num_bans,
         TEXT_TOKENS=TEXT_TOKENS,
-        BLOCK_BIASES=triton.next_power_of_2(max(num_biases, 1)),
-        BLOCK_BANS=triton.next_power_of_2(max(num_bans, 1)),
+        BLOCK_BIASES=next_power_of_2(max(num_biases, 1)),
+        BLOCK_BANS=next_power_of_2(max(num_bans, 1)),
         BAN_TOKENS=ban_tokens,
         FIRST_ID=first_id,
         NUM_IDS=vocab if is_slice else 0,

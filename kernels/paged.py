@@ -135,10 +135,14 @@ def check_attention(
         raise ValueError(f"window: expected 0 (none) or a positive number of tokens, got {window}")
 
 
+def _is_size(size: int, wanted: int | None) -> bool:
+    return wanted is None or size == wanted
+
+
 def check_index(name: str, x: torch.Tensor, device: torch.device, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `x` is contiguous int32 on `device`, with this shape (None: any size)."""
     check_same(name, x, device=device, dtype=torch.int32)
-    if x.dim() != len(shape) or any(size not in (None, x.shape[i]) for i, size in enumerate(shape)):
+    if x.dim() != len(shape) or not all(map(_is_size, x.shape, shape)):
         raise ValueError(f"{name}: expected {['any' if size is None else size for size in shape]}, got {list(x.shape)}")
     if not x.is_contiguous():
         raise ValueError(f"{name}: must be contiguous, got strides {x.stride()}")

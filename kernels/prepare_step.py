@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, use_triton
+from minisgl.kernels.launch import cdiv, check, use_triton
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def prepare_step(
         )
     sizes = [num_tokens, num_tokens, num_tokens, sequences]
     input_ids, positions, slots, kv_lens = (torch.empty(n, dtype=torch.int32, device=rows.device) for n in sizes)
-    _prepare_step_kernel[(sequences, triton.cdiv(longest, BLOCK))](
+    _prepare_step_kernel[(sequences, cdiv(longest, BLOCK))](
         rows,
         starts,
         offsets,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import check_same, next_power_of_2, use_triton
 
 
 def rms_norm_reference(
@@ -66,13 +66,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
 
     Returns y  # [T, D] in x's dtype. Raises ValueError for a wrong shape, stride, dtype or device.
     """
-    check(x.dim() == 2, f"x: expected [T, D], got {list(x.shape)}")
-    check(x.stride(-1) == 1, "x: last dimension must be contiguous")
-    check(weight.shape == x.shape[1:], f"weight: expected [{x.shape[1]}], got {list(weight.shape)}")
+    if x.dim() != 2:
+        raise ValueError(f"x: expected [T, D], got {list(x.shape)}")
+    if x.stride(1) != 1:
+        raise ValueError("x: last dimension must be contiguous")
+    if weight.shape != x.shape[1:]:
+        raise ValueError(f"weight: expected [{x.shape[1]}], got {list(weight.shape)}")
     check_same("weight", weight, device=x.device, dtype=x.dtype)
     if residual is not None:
-        check(residual.shape == x.shape, f"residual: expected {list(x.shape)}, got {list(residual.shape)}")
-        check(residual.stride(-1) == 1, "residual: last dimension must be contiguous")
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected {list(x.shape)}, got {list(residual.shape)}")
+        if residual.stride(1) != 1:
+            raise ValueError("residual: last dimension must be contiguous")
         check_same("residual", residual, device=x.device, dtype=x.dtype)
     if not use_triton(x):
         return rms_norm_reference(x, weight, eps, residual)
@@ -81,7 +86,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if tokens == 0:
         return y
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     _rms_norm_kernel[(tokens,)](
         x,
         weight,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import cdiv, check_same, next_power_of_2, use_triton
 
 
 class Rotary(NamedTuple):
@@ -189,30 +189,37 @@ def _rotary_store_kernel(
 def check_rotary(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rotary: Rotary) -> int:
     """The number of query heads. Raises ValueError, naming the argument, unless these fit; shapes: `rotary_store`."""
     cos_sin = rotary.cos_sin
-    check(cos_sin.dim() == 2, f"cos_sin: expected [max_len, D], got {list(cos_sin.shape)}")
+    device, dtype = qkv.device, qkv.dtype
+    if cos_sin.dim() != 2:
+        raise ValueError(f"cos_sin: expected [max_len, D], got {list(cos_sin.shape)}")
     head_dim = cos_sin.shape[1]
-    check(head_dim % 2 == 0, f"cos_sin: head dim must be even, got {head_dim}")
-    check(cos_sin.is_contiguous(), "cos_sin: must be contiguous")
-    check_same("cos_sin", cos_sin, device=qkv.device, dtype=torch.float32)
+    if head_dim % 2:
+        raise ValueError(f"cos_sin: head dim must be even, got {head_dim}")
+    if not cos_sin.is_contiguous():
+        raise ValueError("cos_sin: must be contiguous")
+    check_same("cos_sin", cos_sin, device=device, dtype=torch.float32)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check(
-            cache.dim() == 4 and cache.shape[3] == head_dim,
-            f"{name}: expected [P, page_size, K, {head_dim}], got {list(cache.shape)}",
-        )
-        check(cache.is_contiguous(), f"{name}: must be contiguous")
-        check_same(name, cache, device=qkv.device, dtype=qkv.dtype)
-    check(v_cache.shape == k_cache.shape, f"v_cache: expected {list(k_cache.shape)}, got {list(v_cache.shape)}")
+        if cache.dim() != 4 or cache.shape[3] != head_dim:
+            raise ValueError(f"{name}: expected [P, page_size, K, {head_dim}], got {list(cache.shape)}")
+        if not cache.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous")
+        check_same(name, cache, device=device, dtype=dtype)
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(f"v_cache: expected {list(k_cache.shape)}, got {list(v_cache.shape)}")
     for name, norm in (("q_norm", rotary.q_norm), ("k_norm", rotary.k_norm)):
         if norm is not None:
-            check(norm.shape == (head_dim,), f"{name}: expected [{head_dim}], got {list(norm.shape)}")
-            check(norm.is_contiguous(), f"{name}: must be contiguous")
-            check_same(name, norm, device=qkv.device, dtype=qkv.dtype)
-    kv_columns = 2 * k_cache.shape[2] * head_dim
-    check(
-        qkv.dim() == 2 and qkv.shape[1] > kv_columns and qkv.shape[1] % head_dim == 0,
-        f"qkv: expected [T, (H + 2K) * D] with K, D = {k_cache.shape[2]}, {head_dim}, got {list(qkv.shape)}",
-    )
-    check(qkv.stride(-1) == 1, "qkv: last dimension must be contiguous")
+            if norm.shape != (head_dim,):
+                raise ValueError(f"{name}: expected [{head_dim}], got {list(norm.shape)}")
+            if not norm.is_contiguous():
+                raise ValueError(f"{name}: must be contiguous")
+            check_same(name, norm, device=device, dtype=dtype)
+    num_kv_heads = k_cache.shape[2]
+    kv_columns = 2 * num_kv_heads * head_dim
+    if qkv.dim() != 2 or qkv.shape[1] <= kv_columns or qkv.shape[1] % head_dim:
+        expected = f"[T, (H + 2K) * D] with K, D = {num_kv_heads}, {head_dim}"
+        raise ValueError(f"qkv: expected {expected}, got {list(qkv.shape)}")
+    if qkv.stride(1) != 1:
+        raise ValueError("qkv: last dimension must be contiguous")
     return (qkv.shape[1] - kv_columns) // head_dim
 
 
@@ -234,10 +241,12 @@ def rotary_store(
     Returns q  # [T, H, D], a view of qkv. Raises ValueError for a wrong shape, stride, dtype or device.
     """
     num_heads = check_rotary(qkv, k_cache, v_cache, rotary)
-    tokens, (num_kv_heads, head_dim) = len(qkv), k_cache.shape[2:]
+    tokens, (num_kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
     for name, index in (("positions", positions), ("slots", slots)):
-        check(index.shape == (tokens,), f"{name}: expected [{tokens}], got {list(index.shape)}")
-        check(index.is_contiguous(), f"{name}: must be contiguous")
+        if index.shape != (tokens,):
+            raise ValueError(f"{name}: expected [{tokens}], got {list(index.shape)}")
+        if not index.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous")
         check_same(name, index, device=qkv.device, dtype=torch.int32)
     if not use_triton(qkv):
         return rotary_store_reference(qkv, positions, slots, k_cache, v_cache, rotary)
@@ -245,10 +254,10 @@ def rotary_store(
     q: torch.Tensor = qkv[:, : num_heads * head_dim].unflatten(-1, (num_heads, head_dim))
     if tokens == 0:
         return q
-    block_d = triton.next_power_of_2(head_dim)
+    block_d = next_power_of_2(head_dim)
     # 1024 values a program: 16 a thread at 2 warps, two 16-byte loads of bf16.
     block_heads = max(1024 // block_d, 1)
-    programs = triton.cdiv(num_heads, block_heads) + triton.cdiv(num_kv_heads, block_heads)
+    programs = cdiv(num_heads, block_heads) + cdiv(num_kv_heads, block_heads)
     _rotary_store_kernel[(tokens, programs)](
         qkv,
         positions,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from minisgl.kernels import gumbel as streams
 from minisgl.kernels.gumbel import gumbel, gumbel_reference
-from minisgl.kernels.launch import use_triton
+from minisgl.kernels.launch import cdiv, use_triton
 from minisgl.kernels.sharded_bounds import (
     POINTERS,
     Asked,
@@ -181,7 +181,7 @@ def choose(draws: torch.Tensor, samples: Samples, tokens: torch.Tensor | None) -
     if not use_triton(draws):
         return _choose_reference(draws, samples, tokens)
     out = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-    _choose_kernel[(triton.cdiv(len(rows), CHOOSE_BLOCK),)](
+    _choose_kernel[(cdiv(len(rows), CHOOSE_BLOCK),)](
         draws, rows, positions, out, tokens, tokens.stride(0) if tokens is not None else 0, len(rows),
         NUM_RANKS=len(draws), BLOCK=CHOOSE_BLOCK, HAS_TOKENS=tokens is not None, num_warps=4,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, use_triton
+from minisgl.kernels.launch import cdiv, next_power_of_2, use_triton
 
 
 def silu_mul_reference(x: torch.Tensor) -> torch.Tensor:
@@ -45,9 +45,12 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
 
     Returns y  # [T, I] in x's dtype, contiguous. Raises ValueError for a wrong shape or stride.
     """
-    check(x.dim() == 2 and x.shape[1] % 2 == 0, f"x: expected [T, 2I], got {list(x.shape)}")
-    check(x.stride(-1) == 1, "x: last dimension must be contiguous")
-    check(x.is_floating_point(), f"x: has dtype {x.dtype}, expected a floating point one")
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"x: expected [T, 2I], got {list(x.shape)}")
+    if x.stride(1) != 1:
+        raise ValueError("x: last dimension must be contiguous")
+    if not x.is_floating_point():
+        raise ValueError(f"x: has dtype {x.dtype}, expected a floating point one")
     if not use_triton(x):
         return silu_mul_reference(x)
 
@@ -55,8 +58,8 @@ def silu_mul(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty(tokens, intermediate, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    block = min(triton.next_power_of_2(intermediate), 1024)
-    _silu_mul_kernel[(tokens * triton.cdiv(intermediate, block),)](
+    block = min(next_power_of_2(intermediate), 1024)
+    _silu_mul_kernel[(tokens * cdiv(intermediate, block),)](
         x,
         y,
         x.stride(0),  # fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide

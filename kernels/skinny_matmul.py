@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
-from minisgl.kernels.launch import architecture, check, check_same, use_triton
+from minisgl.kernels.launch import architecture, cdiv, check, check_same, use_triton
 from minisgl.kernels.silu_mul import silu_mul_reference
 
 ANY = 1 << 62  # no bound
@@ -64,8 +64,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "sm_90": (
         Rule(1, 32768, 1024, Tile(4, 512, 1, 1, 3)),
         Rule(1, 2048, ANY, Tile(4, 2048, 4, 1, 2)),
-        Rule(1, 5120, ANY, Tile(8, 1024, 4, 1, 2)),
-        Rule(1, 40960, ANY, Tile(4, 2048, 4, 1, 2)),
+        Rule(1, 5120, 16384, Tile(8, 1024, 4, 1, 2)),
+        Rule(1, 5120, ANY, Tile(4, 1024, 4, 1, 3)),
+        Rule(1, 40960, 4096, Tile(4, 2048, 4, 1, 2)),
+        Rule(1, 8192, ANY, Tile(8, 1024, 4, 1, 2)),
+        Rule(1, 65536, ANY, Tile(2, 1024, 1, 1, 3)),
         Rule(1, ANY, ANY, Tile(4, 1024, 2, 1, 3)),
         Rule(16, 2048, ANY, Tile(32, 256, 4, 4, 0)),
         Rule(16, 5120, ANY, Tile(16, 512, 2, 4, 0)),
@@ -348,7 +351,7 @@ def _launch(
         return y, None
     tile = _rule(rows, weight).tile
     block_n = tile.block_n // (1 + gated)
-    blocks = triton.cdiv(outputs, block_n)
+    blocks = cdiv(outputs, block_n)
     squares = None
     if stream_out is not None:
         squares = torch.empty(rows, blocks, dtype=torch.float32, device=x.device)
@@ -372,12 +375,12 @@ def _launch(
     )  # fmt: skip
     eps = stream_in.eps if stream_in is not None else 0.0
     if rows == 1:
-        options["PRELOAD"] = min(tile.preload, triton.cdiv(inputs, tile.block_k))
+        options["PRELOAD"] = min(tile.preload, cdiv(inputs, tile.block_k))
         _gemv_kernel[(blocks,)](*pointers, outputs, inputs, weight.stride(0), eps, **options)
     else:
         options |= {"PRELOAD": tile.preload, "BLOCK_M": tile.block_m}
         sizes = rows, outputs, inputs, x.stride(0), weight.stride(0), eps
-        _mma_kernel[(blocks, triton.cdiv(rows, tile.block_m))](*pointers, *sizes, **options)
+        _mma_kernel[(blocks, cdiv(rows, tile.block_m))](*pointers, *sizes, **options)
     return y, squares
 
 

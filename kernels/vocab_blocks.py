@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.launch import check, check_same, use_triton
+from minisgl.kernels.launch import cdiv, check, check_same, next_power_of_2, use_triton
 
 BLOCK = 64  # token ids a block: 128 bytes of bf16, and 2,374 blocks in a vocabulary of 152k
 GREEDY_BELOW = tl.constexpr(1e-5)  # a lower temperature is greedy: logits divided by it would overflow
@@ -51,8 +51,8 @@ class Shape(NamedTuple):
         check(logits.stride(-1) == 1, "logits: last dimension must be contiguous")
         check(logits.dtype in UNUSED_BITS, f"logits: has dtype {logits.dtype}, expected float32, float16 or bfloat16")
         columns = logits.shape[1]
-        vocab, blocks = columns if vocab is None else vocab, triton.cdiv(columns, BLOCK)
-        return cls(vocab, UNUSED_BITS[logits.dtype], blocks, triton.next_power_of_2(blocks))
+        vocab, blocks = columns if vocab is None else vocab, cdiv(columns, BLOCK)
+        return cls(vocab, UNUSED_BITS[logits.dtype], blocks, next_power_of_2(blocks))
 
 
 def clean_reference(logits: torch.Tensor, vocab: int | None = None) -> torch.Tensor:
@@ -210,7 +210,7 @@ def summarize_blocks(
     largest, mass = torch.empty(2, len(logits), shape.blocks, dtype=torch.float32, device=logits.device).unbind()
     if len(logits):
         # The stride is fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide.
-        _summarize_blocks_kernel[(triton.cdiv(shape.blocks, PROGRAM_BLOCKS), len(logits))](
+        _summarize_blocks_kernel[(cdiv(shape.blocks, PROGRAM_BLOCKS), len(logits))](
             logits,
             logits.stride(0),
             rows,

@@ -46,7 +46,7 @@ class Attention:
         """x  # [T, hidden] -> this rank's part of [T, hidden]. Stores the keys and values of the batch in this layer's
         k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
         qkv = self.qkv(x)
-        out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
+        out = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, self._rotary(cos_sin))
         decoding = batch.num_decode
         if decoding:
@@ -63,7 +63,7 @@ class Attention:
                 cascade=batch.cascade,
                 out=out[:decoding],
             )
-        if decoding < len(q):
+        if decoding < q.shape[0]:
             self.ops.attention_prefill(
                 q[decoding:],
                 k_cache,
@@ -90,7 +90,7 @@ class Attention:
     ) -> Stream:
         """The same for a small batch of decodes alone, added to the stream that `norm_after` reads."""
         qkv = self.qkv.of_stream(stream)
-        out = qkv.new_empty(len(qkv), self.num_heads, self.head_dim)
+        out = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         attention_decode_rotary(
             qkv,
             k_cache,

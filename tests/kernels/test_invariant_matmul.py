@@ -108,7 +108,7 @@ def test_splits_are_whole_blocks_of_every_tile():
         assert split >= min(inputs, module.MIN_SPLIT)
     for tiles in (*module.TILES.values(), module.SAFE_TILES, module.FP32_TILES):
         assert all(module.SPLIT_STEP % tile.block_k == 0 for tile in tiles.values())
-        assert module.ANY in tiles
+        assert (module.ANY, module.ANY) in tiles
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def launch() -> None:
         rules = FP32_RULES if dtype == torch.float32 else RULES.get(module.architecture("cpu"), SAFE_RULES)
         algorithms = set()
         for rule in rules[:1] if dtype == torch.float16 else rules:
-            _launch(rule, 4096, dtype)
+            _launch(rule, 20480, dtype)
             if rule.max_m not in algorithms:
                 _launch(rule, 1000, dtype)  # without loads of 16 bytes
             algorithms.add(rule.max_m)
