@@ -1,6 +1,7 @@
 """What the processes of `tests.ranks` run, each as one rank; arguments are strings."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -54,21 +55,23 @@ def sums(folder):
     from minisgl.kernels import all_reduce, launch
 
     assert launch.INTERPRET
+    # Few programs, since the interpreter runs one after another, of several blocks each.
+    all_reduce.CHANNELS, all_reduce.MAX_FLAT_BLOCK = 32, 256
     rank, num_ranks = start_processes("cpu", timeout_s=60)
     group = ProcessGroup(CPU, num_ranks)
     size = all_reduce.PeerMemory.num_bytes(num_ranks)
     paths = [f"{folder}/{peer}.memory" for peer in range(num_ranks)]
     own = torch.from_file(paths[rank], shared=True, size=size, dtype=torch.uint8)
-    own.fill_(255)  # NaN, where it is read before it is written
-    signals = own[: all_reduce.signal_bytes(num_ranks)].view(torch.int32).fill_(2**31 - 3)
+    own.view(torch.int32).fill_(all_reduce.EMPTY.value)
     buffers = [torch.from_file(path, shared=True, size=size, dtype=torch.uint8) for path in paths]
     memory = all_reduce.PeerMemory(buffers, rank)
-    memory.one_shot_bytes = 40_000
-    memory.epochs.fill_(int(signals[0]))  # counters wrap on the way
+    memory.one_shot_bytes = 20_000
     group.barrier()
     found = []
     for step, (rows, hidden, dtype) in enumerate(SUMS):
         x, residual, weight = terms(step, rank, rows, hidden, dtype)
+        if step % (num_ranks + 1) == rank:
+            time.sleep(0.1)  # later than the others
         if step % 4 == 0 and memory.holds_at_once(x):
             found.append((all_reduce.sum_and_norm(x, residual, weight, 1e-6, memory), residual))
         elif step % 4 == 1 and rows <= 8:
@@ -84,14 +87,18 @@ def sums(folder):
 
 
 SUMS = [(3, 1000, torch.float32), (1, 4096, torch.float16), (2, 1000, torch.float32), (5, 7, torch.float32)]
-SUMS += [(140, 96, torch.float16), (4, 9000, torch.float16), (9, 3000, torch.float32), (1, 1, torch.float32)]
-SUMS += [(200, 128, torch.float32), (9, 100, torch.float16), (1, 64, torch.float32), (3, 5, torch.float32)]
+SUMS += [(140, 96, torch.float16), (4, 5000, torch.float16), (9, 1500, torch.float32), (3, 333, torch.float16)]
+SUMS += [(40, 30, torch.float32), (10, 999, torch.float16), (1, 64, torch.float32), (70, 97, torch.float16)]
+SUMS += [(77, 97, torch.float16), (9, 1, torch.float32), (1, 4095, torch.float16), (1, 1, torch.float32)]
 
 
 def terms(step, rank, rows, hidden, dtype):
     """(x, residual, norm's weight) of a rank; the same but for x on all ranks."""
     shared, own = torch.Generator().manual_seed(step), torch.Generator().manual_seed(100 * step + rank)
     x = torch.randn(rows, hidden, generator=own).to(dtype)
+    words = x.view(torch.int16 if dtype == torch.float16 else torch.int32)
+    words[:, ::3] = -(1 << 15) if dtype == torch.float16 else 0x80008000 - (1 << 32)  # those that stand for no word
+    words[:, 1::5] = torch.tensor(-0.0, dtype=dtype).view(words.dtype)
     return x, torch.randn(rows, hidden, generator=shared).to(dtype), torch.randn(hidden, generator=shared).to(dtype)
 
 

@@ -1,7 +1,7 @@
-"""Sums over ranks that are processes with shared memory, through the interpreter: regions, epochs and signals.
+"""Sums over ranks that are processes with shared memory, through the interpreter: regions, their turns, late ranks.
 
-The interpreter's loads and stores are those of a CPU, and its atomics are in order: what is not seen here is the
-memory order of GPUs. `bench/all_reduce.py` checks sums on them.
+The interpreter's loads and stores are those of a CPU, in order: what is not seen here is the memory order of GPUs.
+`bench/all_reduce.py` checks sums on them.
 """
 
 import numpy as np
@@ -36,7 +36,8 @@ def test_sums(num_ranks, tmp_path, assert_close):
         for of_rank in found[1:]:
             assert all(torch.equal(a, b) for a, b in zip(of_rank, found[0], strict=True))  # the same bits
         if step % 4 == 3:
-            assert torch.equal(found[0][0].double(), torch.stack(parts))
+            own = torch.stack([terms(step, rank, rows, hidden, dtype)[0] for rank in range(num_ranks)])
+            assert torch.equal(found[0][0].view(torch.uint8), own.view(torch.uint8))  # any bits
         elif len(found[0]) == 1:
             assert_close(found[0][0], sum_of_ranks_reference(parts))
         elif len(found[0]) == 2:
@@ -56,11 +57,12 @@ def test_a_rank_alone_waits_for_nobody(device, assert_close):
     if device.type == "cpu" and TOO_OLD:
         pytest.skip("the interpreter of Triton 3.6 does not work with numpy 2.4")
     memory = PeerMemory.alone(device, num_ranks=4, rank=2)
-    x, weight = torch.randn(3, 5000, device=device), torch.randn(5000, device=device)
-    for _ in range(3):
+    x, weight = torch.randn(3, 701, device=device), torch.randn(701, device=device)
+    x[0] = -0.0
+    for _ in range(4):
         assert torch.equal(sum_of_ranks(x.clone(), memory), 4 * x)
         assert torch.equal(gather_of_ranks(x, memory), x.expand(4, *x.shape))
     expected = sum_and_norm_reference([x.double()] * 4, torch.zeros_like(x).double(), weight.double(), 1e-6)
     assert_close(sum_and_norm(x, torch.zeros_like(x), weight, 1e-6, memory), expected)
     memory.one_shot_bytes = 0
-    sum_of_ranks(x, memory)  # each rank has a part of it
+    sum_of_ranks(x, memory)  # each rank has a share of it
