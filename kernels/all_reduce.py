@@ -44,7 +44,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
-from minisgl.kernels.launch import check, check_same
+from minisgl.kernels.launch import cdiv, check, check_same, next_power_of_2
 from minisgl.kernels.rms_norm import rms_norm_reference
 from minisgl.kernels.skinny_matmul import Stream, stream_reference
 
@@ -57,7 +57,7 @@ WORDS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32:
 MIN_FLAT_BLOCK, MAX_FLAT_BLOCK, FLAT_WARP = 256, 2048, 256  # elements; a warp's: 16 bytes of bf16 a thread
 STREAM_BLOCK, STREAM_WARPS = 1024, 4
 # Largest one shot by ranks: from there on the bytes that two shots save take longer than a second trip.
-ONE_SHOT_BYTES = {2: 8 << 20, 3: 2 << 20, 4: 1 << 20}
+ONE_SHOT_BYTES = {2: 8 << 20, 3: 1 << 20, 4: 1 << 19}
 ONE_SHOT_BYTES_OF_MORE_RANKS = 1 << 18
 
 
@@ -71,7 +71,7 @@ class PeerMemory:
     def __init__(self, buffers: Sequence[torch.Tensor], rank: int, owner: object = None, *, waits: bool = True) -> None:
         self.rank, self.num_ranks, self.waits = rank, len(buffers), waits
         self.owner = owner  # of the buffers' memory: kept alive
-        self.region_bytes = TURN_BYTES // CHANNELS // int(triton.next_power_of_2(self.num_ranks))
+        self.region_bytes = TURN_BYTES // CHANNELS // next_power_of_2(self.num_ranks)
         self.max_one_shot_bytes = CHANNELS * self.region_bytes
         self.max_bytes = self.max_one_shot_bytes * self.num_ranks // 2  # a region has a share of x and one of sums
         senders = [rank] * self.num_ranks if waits else range(self.num_ranks)
@@ -86,7 +86,7 @@ class PeerMemory:
     @staticmethod
     def num_bytes(num_ranks: int) -> int:
         """What each rank gives: 48 MB, or less where n is no power of two."""
-        return 3 * TURN_BYTES // int(triton.next_power_of_2(num_ranks)) * num_ranks
+        return 3 * TURN_BYTES // next_power_of_2(num_ranks) * num_ranks
 
     @classmethod
     def of_gpus(cls, device: torch.device, group: "torch.distributed.ProcessGroup") -> "PeerMemory":
@@ -122,7 +122,7 @@ class PeerMemory:
     def holds_at_once(self, x: torch.Tensor) -> bool:
         """Whether `sum_and_norm` takes x  # [T, D]: in one shot, whole rows a channel."""
         row_bytes = _row_block(x.shape[1]) * x.itemsize
-        fits = x.nbytes <= self.one_shot_bytes and triton.cdiv(len(x), CHANNELS) * row_bytes <= self.region_bytes
+        fits = x.nbytes <= self.one_shot_bytes and cdiv(len(x), CHANNELS) * row_bytes <= self.region_bytes
         return fits and self.holds(x)
 
 
@@ -398,10 +398,10 @@ def _launch_flat(
     if x.numel() == 0:
         return
     shares = memory.num_ranks if two_shots else 1
-    block = int(triton.next_power_of_2(triton.cdiv(x.numel(), CHANNELS * shares)))
+    block = next_power_of_2(cdiv(x.numel(), CHANNELS * shares))
     block = min(max(block, MIN_FLAT_BLOCK), MAX_FLAT_BLOCK)
-    blocks_each = triton.cdiv(x.numel(), CHANNELS * shares * block) * shares
-    _flat_kernel[(triton.cdiv(x.numel(), blocks_each * block),)](
+    blocks_each = cdiv(x.numel(), CHANNELS * shares * block) * shares
+    _flat_kernel[(cdiv(x.numel(), blocks_each * block),)](
         x,
         *_pointers(word, memory),
         y,
@@ -444,7 +444,7 @@ def sum_into_stream(
     """
     check(x.dim() == 2 and memory.holds(x), f"x: expected contiguous [M, D], got {list(x.shape)}")
     block = STREAM_BLOCK if x.shape[1] <= 8 * STREAM_BLOCK else 2 * STREAM_BLOCK
-    parts = triton.cdiv(x.shape[1], block)
+    parts = cdiv(x.shape[1], block)
     check(len(x) * parts <= CHANNELS, f"x: expected up to {CHANNELS // parts} rows, got {len(x)}")
     scaled, squares = torch.empty_like(x), torch.empty(len(x), parts, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x) if residual is None else residual
@@ -473,7 +473,7 @@ def _launch_rows(
     _check_device(x, memory)
     if x.numel() == 0:
         return
-    parts = triton.cdiv(hidden, block)
+    parts = cdiv(hidden, block)
     _rows_kernel[(min(rows, CHANNELS // parts) * parts,)](
         x,
         *_pointers(WORDS[x.dtype], memory),
@@ -499,7 +499,7 @@ def _launch_rows(
 
 def _row_block(hidden: int) -> int:
     """Elements of a row in a region: a power of two, and 16 bytes at least."""
-    return max(int(triton.next_power_of_2(hidden)), 8)
+    return max(next_power_of_2(hidden), 8)
 
 
 def _pointers(word: torch.dtype, memory: PeerMemory) -> tuple[object, ...]:
