@@ -25,6 +25,8 @@ NAMES = (
 # json.dumps leaves these raw, and str.splitlines (so many a reader) takes them for the end of the line.
 _LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=jsonable)  # json.dumps makes one each time: 3 of a row's 60 us
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -115,6 +117,8 @@ def _carried(head: Head) -> dict[str, Any]:
 
 def dump(values: dict[str, Any]) -> bytes:
     """One line of JSON that any reader takes for one line."""
-    line = json.dumps(values, ensure_ascii=False, default=jsonable).translate(_LINE_BREAKS)
+    line = _ENCODER.encode(values)
+    if not line.isascii():
+        line = line.translate(_LINE_BREAKS)
     # A lone surrogate of an id or a column becomes the JSON escape that it was in the input.
     return line.encode("utf-8", "backslashreplace") + b"\n"
