@@ -52,8 +52,10 @@ def fail():
 def sums(folder):
     """Sums through shared memory, by the kernels in the interpreter: launches of all kinds, interleaved."""
     from minisgl.kernels import all_reduce, launch
+    from tests.interpreter import patch_language_once
 
     assert launch.INTERPRET
+    patch_language_once()
     rank, num_ranks = start_processes("cpu", timeout_s=60)
     group = ProcessGroup(CPU, num_ranks)
     size = all_reduce.PeerMemory.num_bytes(num_ranks)
