@@ -22,6 +22,10 @@ if not HAS_GPU:
 from minisgl.kernels import launch  # noqa: E402
 
 launch.INTERPRET = False  # fixtures of modules run before `_kernel_path`
+if not HAS_GPU:
+    from tests import interpreter
+
+    interpreter.patch_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
