@@ -53,12 +53,13 @@ def fail():
 def sums(folder):
     """Sums through shared memory, by the kernels in the interpreter: launches of all kinds, interleaved."""
     from minisgl.kernels import all_reduce, launch
-    from tests.interpreter import patch_language_once
+    from tests.interpreter import move_half_words_whole, patch_language_once
 
     assert launch.INTERPRET
     # Few programs, since the interpreter runs one after another, of several blocks each.
     all_reduce.CHANNELS, all_reduce.MAX_FLAT_BLOCK = 32, 256
     patch_language_once()
+    move_half_words_whole()
     rank, num_ranks = start_processes("cpu", timeout_s=60)
     group = ProcessGroup(CPU, num_ranks)
     size = all_reduce.PeerMemory.num_bytes(num_ranks)

@@ -34,7 +34,7 @@ def test_sums(num_ranks, tmp_path, assert_close):
         _, residual, weight = (x.double() for x in terms(step, 0, rows, hidden, dtype))
         found = [of_rank[step] for of_rank in all_found]
         for of_rank in found[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(of_rank, found[0], strict=True))  # the same bits
+            assert all(torch.equal(a, b) for a, b in zip(of_rank, found[0], strict=True)), f"other bits in {step}"
         if step % 4 == 3:
             own = torch.stack([terms(step, rank, rows, hidden, dtype)[0] for rank in range(num_ranks)])
             assert torch.equal(found[0][0].view(torch.uint8), own.view(torch.uint8))  # any bits
