@@ -12,6 +12,7 @@ from minisgl.errors import MinisglError
 BENCH = Path(__file__).resolve().parent
 PAGE, PLOTS = BENCH / "README.md", BENCH / "plots"
 PEERS = ("vLLM", "mini-sglang")
+SAME_WORK = ("model", "workload", "num_devices")
 UNITS = {"tflops": "TFLOP/s", "gb_s": "GB/s", "us": "us"}
 UNIT_OF_OP = {"attention_prefill": "tflops", "attention_decode": "gb_s", "skinny_matmul": "gb_s"}
 
@@ -19,8 +20,8 @@ HEAD = """\
 # Measured
 
 Made by `minisgl bench report` from the rows in [results](results): measure again rather than edit. Each row there has
-device, commit, versions and date. All figures are of one {device}, in bfloat16, with random weights at the published
-shapes: speed does not depend on their values. To repeat them, with `--help` for the formula of each figure:
+device, commit, versions and date. Figures are of one {device} unless they say more, in bfloat16, with random weights at
+published shapes: speed does not depend on their values. To repeat them, with `--help` for the formula of each figure:
 
     minisgl bench throughput -m qwen3-0.6b --workload mini --json bench/results/throughput.jsonl
     minisgl bench latency -m qwen3-0.6b --batch 8 --json bench/results/latency.jsonl
@@ -44,6 +45,15 @@ LATENCY = """
 ## Latency
 
 All requests of a batch are handed over at once; milliseconds.
+"""
+SEVERAL = """
+## Several GPUs
+
+`minisgl bench throughput` with `--tp N`, one model cut over N GPUs of a machine, and with `--dp N`, an engine on each.
+"""
+EXCHANGES = """
+`torchrun --nproc-per-node N -m minisgl.bench.all_reduce`: microseconds of a launch inside a CUDA graph. One shot writes
+all to everybody, two shots a share to each; sum_and_norm and sum_into_stream do more in the same launch.
 """
 EVALUATIONS = """
 ## Evaluation
@@ -94,6 +104,7 @@ class Page:
             self._transformers(),
             self._latency(),
             self._serving(),
+            self._several(),
             self._evaluations(),
             self._kernels(),
         )
@@ -179,6 +190,36 @@ class Page:
             columns = [f"{what} mean / p50 / p99" for what in ("TTFT", "ITL", "E2E")]
             head = ["model", "workload", "requests/s", "at most together", *columns, "output tokens/s", "of offline"]
             yield _table([*head, "commit", "date"], lines)
+
+    def _several(self) -> Iterator[str]:
+        each = [row for row in self.results.several if row["num_devices"] > 1]
+        lines = []
+        for row in each:
+            if engine_of(row) == "minisgl":
+                same = [other for other in each if all(other[name] == row[name] for name in SAME_WORK)]
+                peer = next((other["output_tokens_per_s"] for other in same if engine_of(other) in PEERS), None)
+                options = " ".join(
+                    f"--{name} {row['options'][name]}" for name in ("tp", "dp") if name in row["options"]
+                )
+                speed = row["output_tokens_per_s"]
+                figures = [_number(speed), _number(peer), f"{speed / peer:.2f}x" if peer else ""]
+                lines.append([row["model"], row["workload"], options, *figures, *_origin(row)])
+        if lines:
+            yield SEVERAL
+            head = ["model", "workload", "GPUs", "output tokens/s", self._peer_names()[0], "as fast", "commit", "date"]
+            yield _table(head, lines)
+        by_shape: dict[str, dict[str, Row]] = {}
+        for row in self.results.exchanges:
+            by_shape.setdefault(row["shape"], {})[row["op"]] = row
+        if by_shape:
+            ops = list(dict.fromkeys(row["op"] for row in self.results.exchanges))
+            yield EXCHANGES
+            lines = []
+            for shape, found in by_shape.items():
+                row = next(iter(found.values()))
+                times = [f"{found[op]['graph_us']:.1f}" if op in found else "" for op in ops]
+                lines.append([shape, *times, f"{row['nccl_graph_us']:.1f}", *_origin(row)])
+            yield _table(["bytes of a rank", *ops, "NCCL's sum", "commit", "date"], lines)
 
     def _kernels(self) -> Iterator[str]:
         if self.results.kernels:

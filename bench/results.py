@@ -23,6 +23,7 @@ FIGURES = {  # of a workload: the field of a row, and what it is called
     "prefill": ("input_tokens_per_s", "input tokens/s"),
     "shared_prefix": ("seconds", "seconds"),
 }
+SEVERAL = ("model", "workload", "num_devices", "engine")  # what makes two rows of several GPUs the same
 Row = dict[str, Any]
 
 
@@ -50,7 +51,8 @@ class Results:
     """Rows of the device that the peers were measured on, made with default settings: `ours` and `peers`.
 
     kernels: the latest of ours for each (op, shape). evaluations: the latest in bfloat16 of each engine, also without
-    the prefix cache.
+    the prefix cache. several: the latest of everybody's engines on any number of GPUs. exchanges: the
+    latest of sums over GPUs.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -64,6 +66,9 @@ class Results:
         self.matmul_tflops = max(limit["matmul_tflops"] for limit in limits)
         evaluations = [row for row in rows if row["device"] == self.device and row.get("dtype") == "bfloat16"]
         self.evaluations = list(latest(evaluations, "eval", "model", "rows", "context_words", "engine").values())
+        several = [row for row in rows if row["device"] == self.device and _is_usual(row, "tp", "dp")]
+        self.several = list(latest([row for row in several if "num_devices" in row], "throughput", *SEVERAL).values())
+        self.exchanges = list(latest(rows, "all_reduce", "op", "shape").values())
         self.kernels = list(latest(self.ours, "kernels", "op", "shape").values())
 
     def comparisons(self) -> list[Comparison]:
@@ -85,9 +90,9 @@ class Results:
         }
 
 
-def _is_usual(row: Row) -> bool:
-    """Bfloat16 and the default settings of the engine; the first rows of kernels name no type."""
-    return set(row.get("options", {})) <= {"load_format"} and bool(row.get("dtype", "bfloat16") == "bfloat16")
+def _is_usual(row: Row, *others: str) -> bool:
+    """Bfloat16 and the default settings of the engine but for others; the first rows of kernels name no type."""
+    return set(row.get("options", {})) <= {"load_format", *others} and bool(row.get("dtype", "bfloat16") == "bfloat16")
 
 
 @cache

@@ -18,6 +18,7 @@ from minisgl.models.config import ModelConfig
 
 CARD = {"device": "a card", "dtype": "bfloat16", "commit": "abc1234", "versions": {"torch": "2.11"}}
 CEILINGS = {"bench": "ceilings", "copy_gb_s": 4000.0, "matmul_tflops": 500.0, **CARD, "date": "2026-01-01"}
+ONE_AND_TWO_SHOTS = (("one shot", 2.0), ("two shots", 3.5))
 
 
 def throughput(engine: str, figure: float, date: str = "2026-01-02", **fields: Any) -> dict[str, Any]:
@@ -89,6 +90,18 @@ def test_serving() -> None:
     same = "2.50 / 2.00 / 9.00 |  | 2.50 / 2.00 / 9.00 | 900"
     assert f"| m | 512x128 | 8 |  | {same} |  | abc1234 |" in text
     assert f"| m | 512x128 | all at once | 64 | {same} | 98.0% | abc1234 |" in text
+
+
+def test_several_gpus() -> None:
+    tp2 = {"model": "qwen3-8b", "num_devices": 2, "options": {"load_format": "dummy", "tp": 2}}
+    rows = [throughput("vLLM", 200.0, **tp2), throughput("minisgl", 300.0, **tp2)]
+    rows += [throughput("minisgl", 500.0, **{**tp2, "num_devices": 4, "options": {"tp": 2, "dp": 2}})]
+    sums = [{"bench": "all_reduce", "op": op, "shape": "8 KB, 2 ranks", "graph_us": us} for op, us in ONE_AND_TWO_SHOTS]
+    sums = [row | {"nccl_graph_us": 11.0, **CARD, "date": "2026-01-02"} for row in sums]
+    text = Page(Results([CEILINGS, *PEERS, *rows, *sums])).text()
+    assert "| qwen3-8b | mini | --tp 2 | 300 | 200 | 1.50x | abc1234 |" in text
+    assert "| qwen3-8b | mini | --tp 2 --dp 2 | 500 |  |  | abc1234 |" in text
+    assert "| 8 KB, 2 ranks | 2.0 | 3.5 | 11.0 | abc1234 |" in text
 
 
 def test_latency_and_kernels() -> None:
