@@ -35,6 +35,7 @@ from minisgl.upload import Ints
 
 # What an output token takes, in prompt tokens: on an H200 3.4 with Qwen3-8B and 16 with Qwen3-0.6B (bench/results).
 OUTPUT_COST = 4
+BURST = 32  # requests that are sent together: a replica begins while others are handed out
 POLL_S = 0.5  # between looks at the clock, while no replica says anything
 AWAY_S = 1.0  # the caller did something else: that time is nobody's fault
 EXPLAIN_S = 8.0  # for the ranks of a replica to find out which of them hangs
@@ -181,6 +182,8 @@ class Replicas(Core):
             chosen.requests[handed.id] = bursts.setdefault(chosen, {})[handed.id] = request
             chosen.load += _load(request, handed)
             chosen.note_sent(request)
+            if len(bursts[chosen]) == BURST:
+                chosen.send(pack_requests(bursts.pop(chosen)))
         for each, requests in bursts.items():
             each.send(pack_requests(requests))
 

@@ -59,8 +59,8 @@ def test_a_client_that_goes_away_frees_its_request(server: RunningServer, stream
                     client.post("/v1/completions", json=LONG, timeout=0.5)
         return until(lambda: server.stats()["num_running_reqs"] == 0 and server.stats()["num_used_tokens"] == 0)
 
-    # Measured below 0.1 s; a step of a busy machine alone can take longer.
-    assert min(seconds_to_free() for _ in range(3)) < 0.5
+    # About 0.02 s where nothing else runs; other tests take their part of the cores.
+    assert min(seconds_to_free() for _ in range(5)) < 0.1
 
 
 def test_a_request_is_aborted_by_its_id(server: RunningServer) -> None:
