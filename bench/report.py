@@ -105,6 +105,7 @@ class Page:
             self._latency(),
             self._serving(),
             self._several(),
+            self._exchanges(),
             self._evaluations(),
             self._kernels(),
         )
@@ -208,6 +209,8 @@ class Page:
             yield SEVERAL
             head = ["model", "workload", "GPUs", "output tokens/s", self._peer_names()[0], "as fast", "commit", "date"]
             yield _table(head, lines)
+
+    def _exchanges(self) -> Iterator[str]:
         by_shape: dict[str, dict[str, Row]] = {}
         for row in self.results.exchanges:
             by_shape.setdefault(row["shape"], {})[row["op"]] = row

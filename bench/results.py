@@ -51,8 +51,8 @@ class Results:
     """Rows of the device that the peers were measured on, made with default settings: `ours` and `peers`.
 
     kernels: the latest of ours for each (op, shape). evaluations: the latest in bfloat16 of each engine, also without
-    the prefix cache. several: the latest of everybody's engines on any number of GPUs. exchanges: the
-    latest of sums over GPUs.
+    the prefix cache. several: the latest of everybody's engines on any number of GPUs. exchanges: the latest of sums
+    over GPUs.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
