@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from minisgl.bench.harness import Case
-from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade, split_size, tile_members
+from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade, tile_members
 from minisgl.kernels.attention_decode import attention_decode
+from minisgl.kernels.decode_splits import split_size
 from minisgl.kernels.paged import shuffled_page_table
 
 PAGE_SIZE, HEAD_DIM = 64, 128

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.decode_splits import LONG_SPLIT, SHORT_CONTEXT, SHORT_SPLIT, decode_tile, splits_of
+from minisgl.kernels.decode_splits import decode_tile, split_size, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import check, check_same, next_power_of_2, use_triton
 from minisgl.kernels.paged import LOG2_E, check_attention, check_index, load_block, load_page_ids, online_softmax
@@ -44,11 +44,6 @@ class CascadeTiles(NamedTuple):
         num_tiles = max_tiles(batch, tile_members)
         shared_splits, tile_splits, members = packed.split([batch, num_tiles, num_tiles * tile_members])
         return cls(shared_splits, tile_splits, members.view(num_tiles, tile_members))
-
-
-def split_size(length: int) -> int:
-    """Keys of a split of a sequence of this many keys, in layers without a window."""
-    return int(SHORT_SPLIT.value if length <= SHORT_CONTEXT.value else LONG_SPLIT.value)
 
 
 def min_members(tile_members: int) -> int:

@@ -1,4 +1,5 @@
-"""How decode attention cuts a sequence's keys into splits, and a split into blocks; what its two kernels share.
+"""How decode attention cuts a sequence's keys into splits, and a split into blocks, and how splits become one result:
+what its kernels share.
 
 A split's place and size follow from the sequence's own visible keys, never from the batch or the grid, so a sequence's
 result does not depend on what runs beside it, nor on which kernel computes a split.
@@ -12,11 +13,17 @@ import triton.language as tl
 
 from minisgl.kernels.launch import architecture, next_power_of_2
 
-# Keys of a split: short contexts need more programs than one a KV head to fill a GPU (1 x 1024 on an H200: 8.3 us with
-# splits of 256, 17.6 with 1024); long ones pay for every extra split (1 x 32768: 2.2 against 3.4 TB/s).
-SHORT_CONTEXT = tl.constexpr(2048)
-SHORT_SPLIT = tl.constexpr(256)
+# Keys of a split, by the keys that a sequence sees. Up to eight splits of short contexts: a batch of few needs more
+# programs than one a KV head to fill a GPU, and a program takes about a microsecond a block. Long contexts pay for
+# every extra split (1 x 32768 on an H200: 2.2 TB/s with splits of 256, 3.4 with 1024).
+LEAST_SPLIT = tl.constexpr(64)
+SHORT_SPLITS = tl.constexpr(8)
+SHORT_CONTEXT = tl.constexpr(4 * 64 * 8)
 LONG_SPLIT = tl.constexpr(1024)
+
+# Splits asked for together, heads of a program, and its warps: many small programs at once hide their chain of loads
+# (256 x 560 takes 0.1 ms a step more with 4 warps).
+COMBINE = {"BLOCK_S": 8, "BLOCK_H": 2, "num_warps": 1}
 
 
 class Tile(NamedTuple):
@@ -54,13 +61,80 @@ def splits_of(kv_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     if WINDOW > 0:
         first_key = tl.maximum(kv_len - WINDOW, 0)
     begin = first_key // BLOCK_N * BLOCK_N
-    split_size = tl.where(kv_len - begin <= SHORT_CONTEXT, SHORT_SPLIT, LONG_SPLIT)
-    return first_key, begin, split_size, (kv_len - begin + split_size - 1) // split_size
+    visible = kv_len - begin
+    split_size = tl.where(
+        visible <= SHORT_CONTEXT // 2, SHORT_CONTEXT // 2 // SHORT_SPLITS, SHORT_CONTEXT // SHORT_SPLITS
+    )
+    split_size = tl.where(visible <= LEAST_SPLIT * SHORT_SPLITS, LEAST_SPLIT, split_size)
+    split_size = tl.where(visible <= SHORT_CONTEXT, split_size, LONG_SPLIT)
+    return first_key, begin, split_size, (visible + split_size - 1) // split_size
+
+
+SPLIT_BORDERS = tuple(SHORT_CONTEXT.value // part for part in (4, 2, 1))  # visible keys above which splits are longer
+
+
+def split_size(visible: int) -> int:
+    """Keys of a split of a sequence that sees so many keys, from the first that is read: the same on the host."""
+    if visible > SHORT_CONTEXT.value:
+        return int(LONG_SPLIT.value)
+    return int(max(LEAST_SPLIT.value, next_power_of_2(max(visible, 1)) // SHORT_SPLITS.value))
 
 
 def max_splits_of(max_kv_len: int, window: int, block_n: int) -> int:
     """The most splits that `splits_of` gives a sequence of up to max_kv_len keys; at least 1."""
     visible = min(max_kv_len, window + block_n - 1) if window else max_kv_len
-    short: int = -(-min(visible, SHORT_CONTEXT.value) // SHORT_SPLIT.value)
+    short: int = min(-(-visible // LEAST_SPLIT.value), SHORT_SPLITS.value)
     long: int = -(-visible // LONG_SPLIT.value)
     return max(short, long, 1)
+
+
+@triton.jit
+def merge_split(acc, running_max, total, partial, logsumexp):
+    """Add a split  # [rows, D], [rows] to the sum of those before it  # [rows, D], [rows], [rows]; all fp32. Each step
+    is one rounding, named here, so that every kernel that merges splits in their order makes the same bits."""
+    new_max = tl.maximum(running_max, logsumexp)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # no split had a key yet: -inf - -inf is NaN
+    rescale = tl.exp2(running_max - shift)
+    weight = tl.exp2(logsumexp - shift)
+    acc = tl.fma(partial, tl.broadcast_to(weight[:, None], acc.shape), acc * rescale[:, None])
+    return acc, new_max, tl.fma(total, rescale, weight)
+
+
+@triton.jit
+def combine_splits(
+    partial_ptr,
+    logsumexp_ptr,
+    out_ptr,
+    sequence,
+    head_block,
+    num_splits,
+    max_splits,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # splits that are asked for together
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write a sequence's output for BLOCK_H heads, from the workspaces partial  # [B, max_splits, H, D] and logsumexp
+    # [B, max_splits, H]."""
+    heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
+    dims = tl.arange(0, BLOCK_D)
+    mask = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    running_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for start in range(0, num_splits, BLOCK_S):
+        sums = ()
+        partials = ()
+        for place in tl.static_range(BLOCK_S):
+            splits = start + place + heads * 0
+            slots = (sequence * max_splits + splits) * HEADS + heads
+            stored = (heads < HEADS) & (splits < num_splits)
+            values = partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
+            sums += (tl.load(logsumexp_ptr + slots, mask=stored, other=float("-inf")),)  # type: ignore[assignment]
+            partials += (tl.load(values, mask=stored[:, None] & mask, other=0.0),)  # type: ignore[assignment]
+        for place in tl.static_range(BLOCK_S):  # one after another; past the last, nothing is added
+            acc, running_max, total = merge_split(acc, running_max, total, partials[place], sums[place])
+    out = out_ptr + (sequence * HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
+    y = acc / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from minisgl.kernels.attention_cascade import max_tiles, min_members, split_size
-from minisgl.kernels.decode_splits import SHORT_CONTEXT
+from minisgl.kernels.attention_cascade import max_tiles, min_members
+from minisgl.kernels.decode_splits import SPLIT_BORDERS, split_size
 from minisgl.request import Request
 
 Ints = npt.NDArray[np.int32]
@@ -65,7 +65,7 @@ class CascadePlanner:
         self.page_size = page_size
         self.kv_bytes = kv_bytes
         self._pages: list[list[int]] = []
-        self._is_long = np.empty(0, bool)
+        self._size_classes: Ints = np.empty(0, np.int32)
         self._plan: CascadePlan | None = None
         self.num_plans = 0  # made so far, of those that pay
 
@@ -73,9 +73,10 @@ class CascadePlanner:
         """The tiles of these requests, or None when they would not pay; the very same object while nothing changed."""
         # The lists themselves are compared, mostly by identity: a request that was preempted comes back with a new one.
         pages = [request.pages for request in decodes]
-        is_long = np.fromiter((request.length for request in decodes), np.int32, len(decodes)) > SHORT_CONTEXT.value
-        if pages != self._pages or not np.array_equal(is_long, self._is_long):
-            self._pages, self._is_long = pages, is_long
+        lengths = np.fromiter((request.length for request in decodes), np.int32, len(decodes))
+        size_classes = np.searchsorted(SPLIT_BORDERS, lengths).astype(np.int32)
+        if pages != self._pages or not np.array_equal(size_classes, self._size_classes):
+            self._pages, self._size_classes = pages, size_classes
             self._plan = self._make_plan(decodes)
         return self._plan
 
@@ -97,6 +98,8 @@ class CascadePlanner:
     def _split_ends(self, request: Request) -> list[int]:
         """The last page of each split that lies in the prefix tree, but for the request's last split."""
         size = split_size(request.length)
+        if size < self.page_size:  # a page of several splits: too short a context to be worth it
+            return []
         splits = min(request.num_shared * self.page_size, request.length - 1) // size
         pages_per_split = size // self.page_size
         return request.pages[pages_per_split - 1 : splits * pages_per_split : pages_per_split]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minisgl.cascade import BREAK_EVEN_BYTES_PER_KEY, CascadePlan, CascadePlanner
-from minisgl.kernels.attention_cascade import CascadeTiles, max_tiles, min_members, split_size
+from minisgl.kernels.attention_cascade import CascadeTiles, max_tiles, min_members
+from minisgl.kernels.decode_splits import split_size
 from minisgl.page_pool import PagePool
 from minisgl.radix_cache import RadixCache
 from minisgl.request import Request, SamplingParams

@@ -98,8 +98,8 @@ def test_both_split_sizes(device, dtype, assert_close):
 
 
 def test_more_splits_than_one_combine_block(device, dtype, assert_close, monkeypatch):
-    monkeypatch.setattr(module, "COMBINE_SPLITS", 2)
-    problem = make_problem([5 * splits.SHORT_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
+    monkeypatch.setitem(splits.COMBINE, "BLOCK_S", 2)
+    problem = make_problem([5 * splits.LEAST_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
 
 
@@ -164,10 +164,7 @@ def test_max_splits_bounds_every_length():
                 for kv_len in range(max_kv_len + 1):
                     begin = max(kv_len - window, 0) // block_n * block_n if window else 0
                     visible = kv_len - begin
-                    size = (
-                        splits.SHORT_SPLIT.value if visible <= splits.SHORT_CONTEXT.value else splits.LONG_SPLIT.value
-                    )
-                    assert -(-visible // size) <= bound
+                    assert -(-visible // splits.split_size(visible)) <= bound
 
 
 @pytest.mark.parametrize("window", [0, 100])
@@ -228,7 +225,7 @@ def test_every_architecture_has_a_tile_of_each_size(arch, monkeypatch):
     monkeypatch.setattr(splits, "architecture", lambda device: arch)
     for head_dim in (16, 64, 80, 96, 128, 256):
         block_n = splits.decode_tile(head_dim, torch.device("cpu"), torch.bfloat16).block_n
-        assert splits.SHORT_SPLIT.value % block_n == 0 and splits.LONG_SPLIT.value % block_n == 0
+        assert splits.LEAST_SPLIT.value % block_n == 0 and splits.LONG_SPLIT.value % block_n == 0
 
 
 @pytest.mark.parametrize(
