@@ -41,6 +41,11 @@ PREFETCH_KEYS = tl.constexpr(256)
 PREFETCH_PROGRAMS = 1  # a multiprocessor: above, memory is busy without (16 x 560 loses 5%)
 
 
+def many_sequences(kv_heads: int) -> int:
+    """The number of sequences from which `attention_decode` runs another kernel."""
+    return cdiv(MANY, kv_heads)
+
+
 def attention_decode_reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -365,7 +370,7 @@ def _launch(
             logsumexp,
             scale=scale,
         )
-    if rotary is None and not shared and batch * kv_heads >= MANY and heads <= MOST_GROUPED * kv_heads:
+    if rotary is None and not shared and batch >= many_sequences(kv_heads) and heads <= MOST_GROUPED * kv_heads:
         persistent_decode(
             q,
             k_cache,

@@ -25,6 +25,7 @@ from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
 from minisgl.graphs import DecodeGraphs, Key, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
+from minisgl.kernels.attention_decode import many_sequences
 from minisgl.kernels.launch import use_device, use_triton
 from minisgl.kernels.logits import edit_logits
 from minisgl.layers.ops import FASTEST, INVARIANT
@@ -303,9 +304,10 @@ class Engine:
             batches.append(rows.decode_batch(padding, bound, cascade))
 
         add_decodes(1, 1)  # a grid that is small enough to ask for keys ahead
-        for border in (0, *self.model.stream_borders):
-            if border < config.max_running:
-                add_decodes(border + 1, max_len)
+        many = many_sequences(self.model.shard.kv_heads.size)
+        for size in (1, *(border + 1 for border in self.model.stream_borders), many):
+            if size <= config.max_running:
+                add_decodes(size, max_len)
         if together:
             packed = torch.zeros(packed_length(1, together), dtype=torch.int32, device=self.device)
             for bound in (1, max_len):  # no tile is used where a sequence has one split

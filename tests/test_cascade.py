@@ -78,7 +78,8 @@ def test_plans_are_right_and_miss_nothing(batch, tile_members):
     alone: dict[tuple[int, tuple[int, ...]], int] = {}  # rows outside every tile, by their first split
     for place, row in enumerate(rows):
         size = split_size(row.length)
-        if (plan is None or not plan.shared_splits[place]) and row.num_shared * page_size >= size and row.length > size:
+        has_split = page_size <= size <= row.num_shared * page_size and size < row.length
+        if has_split and (plan is None or not plan.shared_splits[place]):
             first = (size, tuple(row.pages[: size // page_size]))
             alone[first] = alone.get(first, 0) + 1
     assert all(count < min_members(tile_members) for count in alone.values()), "enough rows for a tile are in none"

@@ -9,6 +9,7 @@ import torch
 
 from minisgl import LLM, MinisglError, SamplingParams
 from minisgl import cascade as cascade_module
+from minisgl.kernels import attention_decode
 from tests.tiny_models import NAMES, VOCAB_SIZE, make
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
@@ -176,16 +177,19 @@ def test_shared_prefixes_read_together_do_not_change_the_tokens(folder, name, tm
 
 
 @pytest.mark.gpu
-def test_nothing_compiles_after_the_first_job(folder):
+def test_nothing_compiles_after_the_first_job(folder, monkeypatch):
     from triton import knobs
 
     compiled: list[str] = []
-    with LLM(folder("qwen3"), device="cuda", dtype="bfloat16", page_size=16, max_running=16, num_pages=200) as llm:
+    monkeypatch.setattr(attention_decode, "MANY", 40)  # fewer sequences than run
+    with LLM(folder("qwen3"), device="cuda", dtype="bfloat16", page_size=16, max_running=32, num_pages=400) as llm:
+        assert attention_decode.many_sequences(llm.core.engine.model.shard.kv_heads.size) <= 32
         llm.generate(prompts_of_all_kinds(), GREEDY)
         knobs.runtime.jit_post_compile_hook = lambda **options: compiled.append(options["fn"].name)
         try:
             for seed in range(1, 4):
                 llm.generate(prompts_of_all_kinds(seed)[seed:] * seed, SamplingParams(top_k=5, max_tokens=7 + seed))
+            llm.generate([[1, 2, 3]] * 32, GREEDY)
         finally:
             knobs.runtime.jit_post_compile_hook = None
     assert not compiled
