@@ -15,6 +15,7 @@ from minisgl.kernels.skinny_matmul import row_borders, skinny_matmul
 
 # N, K of qkv, o, gate and up, down; the LM head reads few rows, and the last prompt token's alone of a prefill.
 SHAPES = ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288))
+NARROW = (1024, 3072)  # split: down of Qwen3-0.6B
 LM_HEAD = (151936, 4096)
 ROWS = (1, 16, 64, 128, 256, 512, 2048, 8192)
 COPIES_BYTES = 256 << 20  # several times an L2 cache: in a graph of many launches too, weights come from memory
@@ -66,27 +67,32 @@ def _error(rows: int, device: torch.device) -> float:
     return float((y.double() - expected).abs().max() / expected.abs().max())
 
 
-# By the most rows and inputs. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its bits are
-# the same.
+# By the most rows of x and of the weight. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its
+# bits are the same.
+def _few(*blocks: tuple[int, int, int, int, int]) -> list[Tile]:
+    return [Tile(*block, parallel=True, tma=True) for block in blocks]
+
+
+def _many(*blocks: tuple[int, int, int, int, int]) -> list[Tile]:
+    return [Tile(*block, parallel=False, tma=True) for block in blocks]
+
+
 CANDIDATES: dict[tuple[int, int], list[Tile]] = {
-    (16, ANY): [Tile(64, 16, 128, 4, stages, True, tma=True) for stages in (4, 5, 8)]
-    + [Tile(64, 16, 64, 4, 8, True, tma=True), Tile(128, 16, 128, 4, 4, True, tma=True)]
-    + [Tile(64, 16, 128, 4, 5, True), Tile(32, 16, 128, 4, 5, True, tma=True)],
-    (32, ANY): [Tile(64, 32, 128, 4, stages, True, tma=True) for stages in (4, 6)]
-    + [Tile(128, 32, 64, 4, 5, True, tma=True), Tile(64, 32, 128, 4, 4, True)],
-    (64, ANY): [Tile(64, 64, 128, 4, stages, True, tma=True) for stages in (3, 5)]
-    + [Tile(128, 64, 64, 4, stages, True, tma=True) for stages in (4, 6)]
-    + [Tile(64, 64, 128, 4, 3, True), Tile(32, 64, 128, 4, 4, True, tma=True)],
-    (128, ANY): [Tile(64, 128, 64, 4, 4, True, tma=True), Tile(64, 128, 128, 4, 4, True, tma=True)]
-    + [Tile(128, 128, 64, 8, stages, True, tma=True) for stages in (3, 4, 6)],
-    (256, 8192): [Tile(128, 128, 64, 8, stages, parallel, tma=True) for stages in (3, 4) for parallel in (True, False)]
-    + [Tile(64, 128, 128, 4, 3, False, tma=True), Tile(128, 256, 64, 8, 4, True, tma=True)],
-    (256, ANY): [Tile(128, 128, 64, 8, stages, True, tma=True) for stages in (3, 4)]
-    + [Tile(128, 256, 64, 8, 4, True, tma=True), Tile(64, 256, 64, 4, 4, True, tma=True)],
-    (1024, ANY): [
-        Tile(128, 128, 64, 8, stages, False, persistent, tma=True) for stages in (3, 4) for persistent in (False, True)
-    ]
-    + [Tile(128, 256, 64, 8, 4, parallel, tma=True) for parallel in (True, False)],
+    (16, ANY): [*_few((64, 16, 256, 4, 5), (64, 16, 128, 4, 8), (128, 16, 128, 8, 6)), Tile(64, 16, 128, 4, 5, True)],
+    (32, ANY): [*_few((64, 32, 256, 4, 4), (64, 32, 128, 4, 8), (128, 32, 128, 8, 5)), Tile(64, 32, 128, 4, 4, True)],
+    (64, 8192): _few((64, 64, 128, 4, 7), (64, 64, 64, 4, 8), (128, 64, 128, 8, 4)),
+    (64, ANY): _few((64, 64, 64, 4, 4), (64, 64, 128, 4, 7), (128, 64, 128, 8, 4), (32, 64, 128, 4, 4)),
+    (128, 5120): _few((64, 64, 128, 4, 7), (64, 128, 128, 4, 4), (64, 64, 64, 4, 8)),
+    (128, 8192): _few((64, 128, 64, 4, 8), (64, 128, 128, 4, 4), (128, 128, 64, 8, 7)),
+    (128, ANY): _few((128, 128, 64, 8, 3), (128, 128, 64, 8, 7), (64, 128, 64, 4, 8)),
+    (256, 2048): _few((64, 128, 128, 4, 4), (64, 64, 128, 4, 7), (64, 128, 64, 4, 8)),
+    (256, 5120): _many((64, 128, 128, 4, 4), (64, 128, 64, 4, 8), (64, 256, 64, 4, 5)),
+    (256, 65536): _many((128, 128, 64, 8, 7), (64, 256, 64, 4, 5), (128, 256, 64, 8, 4)),
+    (256, ANY): _many((128, 256, 64, 8, 4), (64, 256, 64, 4, 5), (128, 128, 64, 8, 7)),
+    (512, ANY): _many((128, 128, 64, 8, 7), (128, 256, 64, 8, 4), (128, 128, 128, 8, 3)),
+    (1024, 5120): _many((128, 256, 64, 8, 4), (128, 128, 64, 8, 7), (256, 128, 64, 8, 4)),
+    (1024, 8192): _many((128, 128, 64, 8, 7), (128, 128, 128, 8, 3), (128, 256, 64, 8, 4)),
+    (1024, ANY): _many((128, 256, 64, 8, 4), (128, 256, 64, 8, 3), (128, 128, 64, 8, 7)),
     (ANY, ANY): [
         Tile(128, 256, 64, 8, stages, False, persistent, tma=True) for stages in (3, 4) for persistent in (False, True)
     ]
@@ -94,13 +100,19 @@ CANDIDATES: dict[tuple[int, int], list[Tile]] = {
 }
 
 
-def tunings(device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES) -> Iterator[Tuning]:
-    """Tiles by rows and inputs. Candidates whose rows have other bits than the table's other tiles are printed as
+def _bucket(rows: int, outputs: int) -> tuple[int, int]:
+    return min(bucket for bucket in CANDIDATES if rows <= bucket[0] and outputs <= bucket[1])
+
+
+def tunings(device: torch.device, shapes: Sequence[tuple[int, int]] = (*SHAPES, LM_HEAD, NARROW)) -> Iterator[Tuning]:
+    """Tiles by rows of both. Candidates whose rows have other bits than the table's other tiles are printed as
     wrong."""
     weights = {shape: _weights(*shape, device) for shape in shapes}
     for bucket, tiles in CANDIDATES.items():
         rows = min(bucket[0], 4096)
-        fitting = [(outputs, inputs) for outputs, inputs in shapes if inputs <= bucket[1]]
+        fitting = [shape for shape in shapes if _bucket(rows, shape[0]) == bucket and (shape != LM_HEAD or rows <= 256)]
+        if not fitting:
+            continue
         xs = {inputs: torch.randn(rows, inputs, dtype=torch.bfloat16, device=device) for _, inputs in shapes}
         yield Tuning(
             op="invariant_matmul",

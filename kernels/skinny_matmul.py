@@ -70,6 +70,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(1, 5120, ANY, Tile(4, 1024, 4, 1, 3)),
         Rule(1, 40960, 4096, Tile(4, 2048, 4, 1, 2)),
         Rule(1, 8192, ANY, Tile(8, 1024, 4, 1, 2)),
+        Rule(1, 16384, 8192, Tile(4, 1024, 4, 1, 3)),
         Rule(1, 65536, ANY, Tile(2, 1024, 1, 1, 3)),
         Rule(1, ANY, ANY, Tile(4, 1024, 2, 1, 3)),
         Rule(16, 2048, ANY, Tile(32, 256, 4, 4, 0)),

@@ -181,7 +181,7 @@ def test_nothing_compiles_after_the_first_job(folder, monkeypatch):
     from triton import knobs
 
     compiled: list[str] = []
-    monkeypatch.setattr(attention_decode, "MANY", 40)  # fewer sequences than run
+    monkeypatch.setattr(attention_decode, "MANY", 20)  # fewer sequences than run
     with LLM(folder("qwen3"), device="cuda", dtype="bfloat16", page_size=16, max_running=32, num_pages=400) as llm:
         assert attention_decode.many_sequences(llm.core.engine.model.shard.kv_heads.size) <= 32
         llm.generate(prompts_of_all_kinds(), GREEDY)

@@ -14,7 +14,7 @@ from minisgl.kernels.attention_decode import attention_decode
 from minisgl.kernels.attention_prefill import attention_prefill, query_block
 from minisgl.kernels.invariant_attention import query_block as invariant_query_block
 from minisgl.kernels.invariant_decode import invariant_decode
-from minisgl.kernels.invariant_matmul import invariant_matmul, row_borders
+from minisgl.kernels.invariant_matmul import FEW_ROWS, beats_torch, invariant_matmul, row_borders
 from minisgl.kernels.invariant_prefill import invariant_prefill
 
 
@@ -29,9 +29,19 @@ class Ops(NamedTuple):
     streams: bool  # small batches of decodes may run in fewer kernels, which sum in another order
 
 
+def _fastest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if beats_torch(x.shape[0], weight):
+        return invariant_matmul(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _fastest_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
+    return [border for border in row_borders(dtype, device) if border < FEW_ROWS] if device.type == "cuda" else []
+
+
 FASTEST = Ops(
-    linear=torch.nn.functional.linear,
-    linear_borders=lambda dtype, device: [],
+    linear=_fastest_linear,
+    linear_borders=_fastest_borders,
     attention_decode=attention_decode,
     attention_prefill=attention_prefill,
     query_block=query_block,

@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 def start(folder: Path, command: list[str]) -> "subprocess.Popen[str]":
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    env["MALLOC_MMAP_THRESHOLD_"] = "4096"  # what a step takes comes from the system each time: see `starve`
     return subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
 
 

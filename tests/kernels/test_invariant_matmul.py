@@ -34,7 +34,7 @@ def poisoned_output(monkeypatch):
 def small_splits(monkeypatch):
     """Splits of a hundred inputs, for matrices that the interpreter can do."""
     monkeypatch.setattr(module, "MIN_SPLIT", 64)
-    monkeypatch.setattr(module, "SPLIT_STEP", 128 if HAS_GPU else 32)
+    monkeypatch.setattr(module, "SPLIT_STEP", 256 if HAS_GPU else 32)
 
 
 def make_problem(rows, outputs, inputs, device, dtype):
@@ -58,7 +58,7 @@ def test_matches_float64(device, dtype, assert_close, rows, outputs, inputs, wit
     assert_close(invariant_matmul(x, weight, bias), expected(x, weight, bias))
 
 
-@pytest.mark.parametrize("inputs", [63, 200])  # one split, and three
+@pytest.mark.parametrize("inputs", [63, 600])  # one split, and three or more
 @pytest.mark.usefixtures("small_splits", "ordered_dot")
 def test_a_row_is_the_same_in_any_company(device, dtype, inputs):
     """Alone, with few, whose splits run at once, and with many, whose splits run one after another."""

@@ -11,11 +11,11 @@ def launch() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         tiles = FP32_TILES if dtype == torch.float32 else TILES.get(arch, SAFE_TILES)
         for bucket in tiles if dtype == torch.bfloat16 else [(ANY, ANY)]:
-            rows, inputs = min(bucket[0], 5000), min(bucket[1], 12288)
-            _launch(rows, 4096, inputs, dtype)  # in splits
-            _launch(rows, 24576, inputs, dtype)
+            rows, outputs = min(bucket[0], 5000), min(bucket[1], 151936)
+            _launch(rows, min(outputs, 1024), 3072, dtype)  # in splits
+            _launch(rows, outputs, 4096, dtype)
             if bucket in (min(tiles), (ANY, ANY)):
-                _launch(rows, 4096, 1001, dtype, bias=True)  # no descriptors, no loads of 16 bytes
+                _launch(rows, outputs, 1001, dtype, bias=True)  # no descriptors, no loads of 16 bytes
     for kernel in module._invariant_matmul_kernel.device_caches[0][0].values():
         shared = kernel.metadata.shared
         assert shared <= SHARED_MEMORY[arch], f"{shared} of {SHARED_MEMORY[arch]} bytes of shared memory"
