@@ -7,6 +7,7 @@ transformers_engine.py. Knows clocks and requests; knows nothing of metrics.
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -104,11 +105,13 @@ class MinisglEngine:
     def submit(self, workload: Workload, asked: Sequence[SamplingParams] | None = None) -> Sequence[Request]:
         """Queue all requests; `asked`: what each one asks for beside the sampling of all. MinisglError when one does
         not fit the model."""
-        changes = asked or [SamplingParams()] * len(workload.prompts)
+        params = [_sampling(length) for length in workload.output_lens]
+        if asked:
+            params = [one.merge(vars(changed)) for one, changed in zip(params, asked, strict=True)]
         try:
             requests = [
-                self.llm.new_request(prompt, _sampling(length).merge(vars(changed)), index=index)
-                for index, (prompt, length, changed) in enumerate(zip(*workload, changes, strict=True))
+                self.llm.new_request(prompt, one, index=index)
+                for index, (prompt, one) in enumerate(zip(workload.prompts, params, strict=True))
             ]
         except RequestError as error:
             raise MinisglError(f"the workload does not fit the model: {error}") from error
@@ -144,6 +147,7 @@ class MinisglEngine:
             torch.cuda.empty_cache()
 
 
+@cache
 def _sampling(output_len: int) -> SamplingParams:
     return SamplingParams(
         temperature=TEMPERATURE, top_k=0, top_p=1.0, min_p=0.0, max_tokens=output_len, ignore_eos=True

@@ -5,6 +5,7 @@ Knows names, ranges and defaults. Does not know devices or models: `Engine` reso
 
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
@@ -36,6 +37,14 @@ def type_of(setting: Field[Any]) -> tuple[type, bool]:
     return kind, bool(lists)
 
 
+@cache
+def _checked_fields(owner: type) -> tuple[tuple[Field[Any], str], ...]:
+    """The fields of a dataclass that `check_fields` looks at, with the names of their types: what is in a list is for
+    its owner to say."""
+    typed = [(setting, *type_of(setting)) for setting in fields(owner) if setting.metadata]
+    return tuple((setting, kind.__name__) for setting, kind, is_list in typed if not is_list)
+
+
 def accepted(setting: Field[Any]) -> str:
     """The accepted range of a field in words: 'one of radix, none', 'at least 1', 'from 0 to 1'."""
     choices, low, high = (setting.metadata[key] for key in ("choices", "low", "high"))
@@ -48,14 +57,10 @@ def accepted(setting: Field[Any]) -> str:
 
 def check_fields(settings: Any, error: Callable[[str], MinisglError]) -> None:
     """Check each field of a dataclass made of `option`s against its type and range; None always means 'default'."""
-    for setting in fields(settings):
+    for setting, kind in _checked_fields(settings.__class__):
         value = getattr(settings, setting.name)
-        if value is None or not setting.metadata:
+        if value is None:
             continue
-        type_, is_list = type_of(setting)
-        if is_list:
-            continue  # what may be in it is for its owner to say
-        kind = type_.__name__
         if kind in ("int", "float"):
             right = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
             if not right or value != value:

@@ -9,8 +9,7 @@ Knows requests and their defaults. Does not know what runs when, or where.
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,12 +54,17 @@ class CoreStats(NamedTuple):
 
 
 class Core(ABC):
-    """A model and the requests that it answers. config: the resolved one; its limits are of each engine."""
+    """A model and the requests that it answers. config: the resolved one; its limits are of each engine.
+
+    while_waiting: called now and then while a step runs that may take long. It may submit and abort: an abort frees a
+    request's pages then, not when the step has ended.
+    """
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, defaults: GenerationDefaults) -> None:
         self.config = config
         self.model_config = model_config
         self.eos_ids = defaults.eos_ids
+        self.while_waiting: Callable[[], object] | None = None
         self._default_params = DEFAULTS.merge(vars(defaults.sampling))
 
     @property
@@ -152,9 +156,10 @@ class Core(ABC):
                 f"{remedy}",
                 "prompt_too_long",
             )
-        full = self._default_params.merge(vars(params))
-        if full.seed is None:
-            full = replace(full, seed=mix(self.config.seed, index))
+        given = dict(vars(params))
+        if params.seed is None and self._default_params.seed is None:
+            given["seed"] = mix(self.config.seed, index)
+        full = self._default_params.merge(given)
         assert full.max_tokens is not None and full.min_tokens is not None
         if full.min_tokens > full.max_tokens:
             raise RequestError(f"min_tokens is {full.min_tokens}, above max_tokens, which is {full.max_tokens}")

@@ -8,6 +8,7 @@ Knows requests and the parts of the engine by their interface. Does not know tex
 """
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ log = logging.getLogger("minisgl")
 # bench/results/features.jsonl (Qwen3-8B, 64 requests that come to them at different times) 16 at once pay; 4, 8 and
 # also 32 do not, for a reason not found. A request alone should gain from fewer: not measured.
 MIN_JUMP = 16
+
+LOOK_S = 0.001  # between calls of `while_waiting`
 
 
 @dataclass
@@ -175,6 +178,10 @@ class EngineCore(Core):
     def _finish(self, oldest: InFlight) -> list[Request]:
         """Hand out a step's tokens and retire the requests that end with them."""
         assert oldest.results is not None
+        if self.while_waiting and oldest.step.chunks:  # without chunks, a step is short
+            while not oldest.results.ready:
+                self.while_waiting()
+                time.sleep(LOOK_S)
         ids, logprobs, scored, pooled = oldest.results.wait()
         step = self._in_flight.popleft().step
         if scored:

@@ -106,6 +106,11 @@ class StepResults:
             self._event = torch.cuda.Event()
             self._event.record()
 
+    @property
+    def ready(self) -> bool:
+        """Whether `wait` would not."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> HostResults:
         """The results. This is the one place where the host waits for the device."""
         if self._event is not None:

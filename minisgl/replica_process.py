@@ -52,6 +52,7 @@ class ReplicaProcess:
         self._job: dict[str, Any] = {}
         self._requests: dict[int, Request] = {}
         self._num_sent: dict[int, int] = {}  # output tokens
+        self._closing = False
         threading.Thread(target=self._failing, args=[self._read], daemon=True).start()
 
     def run(self) -> None:
@@ -61,10 +62,12 @@ class ReplicaProcess:
     def _answer(self) -> None:
         core = self._load(self._inbox.get()[0]["begin"])
         core.engine.on_hang(lambda failure: self._send(pack({"failed": failure})))
+        core.while_waiting = lambda: self._take_in(core)
         self._send(pack({"ready": vars(core.config)}))
         while self._receive(core):
             progressed = core.step() if core.num_unfinished else []
-            found = [(request.index, request, self._num_sent[request.index]) for request in progressed]
+            alive = [request for request in progressed if request.index in self._requests]
+            found = [(request.index, request, self._num_sent[request.index]) for request in alive]
             self._send(pack_progress(found, core.stats()))
             for id, request, _ in found:
                 self._num_sent[id] = request.num_output
@@ -83,18 +86,24 @@ class ReplicaProcess:
         return EngineCore(config, model_config, folder, generation_defaults(folder, model_config, None))
 
     def _receive(self, core: EngineCore) -> bool:
-        """Do what all messages say that are there; wait for one when nothing else is to do. False: end."""
-        submitted: list[Request] = []
-        wait = not core.num_unfinished
-        while wait or not self._inbox.empty():
+        """Take in messages; wait for one when nothing else is to do. False: end."""
+        first: Told | None = None
+        while not (first or core.num_unfinished or self._closing):
             try:
-                header, requests = self._inbox.get(timeout=IDLE_S)
+                first = self._inbox.get(timeout=IDLE_S)
             except queue.Empty:
                 core.check()
-                continue
-            wait = False
+        self._take_in(core, first)
+        return not self._closing
+
+    def _take_in(self, core: EngineCore, first: Told | None = None) -> None:
+        """Do what all messages say that are there, `first` before them."""
+        submitted: list[Request] = []
+        while not self._closing and (first or not self._inbox.empty()):
+            header, requests = first or self._inbox.get()
+            first = None
             if "close" in header:
-                return False
+                self._closing = True
             self._requests |= requests
             self._num_sent |= dict.fromkeys(requests, 0)
             submitted += requests.values()
@@ -113,7 +122,6 @@ class ReplicaProcess:
             if "forget" in header:
                 core.reset_prefix_cache()
         core.submit(submitted)
-        return True
 
     def _forget(self, id: int) -> None:
         del self._requests[id], self._num_sent[id]

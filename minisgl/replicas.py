@@ -36,6 +36,7 @@ from minisgl.upload import Ints
 # What an output token takes, in prompt tokens: on an H200 3.4 with Qwen3-8B and 16 with Qwen3-0.6B (bench/results).
 OUTPUT_COST = 4
 BURST = 32  # requests that are sent together: a replica begins while others are handed out
+LOOK_S = 0.002  # between calls of `while_waiting`
 POLL_S = 0.5  # between looks at the clock, while no replica says anything
 AWAY_S = 1.0  # the caller did something else: that time is nobody's fault
 EXPLAIN_S = 8.0  # for the ranks of a replica to find out which of them hangs
@@ -155,7 +156,9 @@ class Replicas(Core):
         self._look()
         self._hand_out()
         while self._handed and not any(each.inbox for each in self._replicas):
-            self._listen(POLL_S)
+            self._listen(LOOK_S if self.while_waiting else POLL_S)
+            if self.while_waiting:
+                self.while_waiting()
         progressed = self._take_in()
         self._hand_out()
         self._left_s = time.monotonic()

@@ -121,7 +121,7 @@ class SamplingParams:
 
     def merge(self, values: dict[str, Any]) -> "SamplingParams":
         """These parameters with `values` over them (None leaves one as it is); an unknown name is a RequestError."""
-        unknown = sorted(set(values) - set(self.names()))
+        unknown = sorted(values.keys() - self.__dataclass_fields__.keys())
         if unknown:
             raise _wrong(f"unknown parameter {unknown[0]!r}; known ones: {', '.join(self.names())}")
         return replace(self, **{name: value for name, value in values.items() if value is not None})

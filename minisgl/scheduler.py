@@ -324,7 +324,8 @@ class Scheduler:
         if self.cache:
             node = self._nodes.pop(request)
             if keep_prefix:
-                whole = request.length // self.pool.page_size - request.num_shared
+                known = min(request.length, request.num_tokens)  # a step in flight may be sampling the last
+                whole = known // self.pool.page_size - request.num_shared
                 _, duplicates = self.cache.insert(node, request.tokens, own[:whole])
                 own = duplicates + own[whole:]
             self.cache.unlock(node)

@@ -9,6 +9,7 @@ import torch
 
 from minisgl import LLM, MinisglError, SamplingParams
 from minisgl import cascade as cascade_module
+from minisgl.forward import StepResults
 from minisgl.kernels import attention_decode
 from tests.tiny_models import NAMES, VOCAB_SIZE, make
 
@@ -138,6 +139,48 @@ def test_nothing_follows_the_end_of_a_text(folder, overlap):
             assert result.finish_reason == ("stop" if end else "length")
         while llm.step():  # the last step in flight was for ended requests alone
             raise AssertionError("an ended request ended again")
+        llm.reset_prefix_cache()
+        assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_abort_while_a_step_runs_frees_the_request_then(folder, device, monkeypatch):
+    """In the middle of a prompt, and of an answer; the steps in flight go on, and others get what they get alone."""
+    looks, asked = [], []
+    is_ready = StepResults.ready.fget
+
+    def ready(results):  # never at once
+        asked.append(results)
+        return asked.count(results) > 1 and is_ready(results)
+
+    monkeypatch.setattr(StepResults, "ready", property(ready))
+    prompts = prompts_of_all_kinds()
+    with LLM(folder("qwen3"), device=device, **SMALL, num_pages=60) as llm:
+        expected = [result.token_ids for result in llm.generate(prompts, GREEDY)]
+        llm.reset_prefix_cache()
+        requests = [llm.new_request(prompt, GREEDY, index=index) for index, prompt in enumerate(prompts)]
+        aborted = {}  # by where it was
+
+        def look():
+            looks.append(len(llm.core._in_flight))
+            for victim in requests:
+                where = "answer" if victim.num_output >= 2 else "prompt" if victim.num_prompt >= 100 else None
+                if victim.row is not None and where and where not in aborted:
+                    free = llm.core.stats().free + llm.core.stats().cached
+                    llm.core.abort(victim)
+                    assert victim.pages == [] and llm.core.stats().free + llm.core.stats().cached > free
+                    aborted[where] = victim
+
+        llm.core.while_waiting = look
+        llm.submit(requests)
+        while llm.num_unfinished:
+            llm.step()
+        assert max(looks) == 2 and len(aborted) == 2
+        for request, ids in zip(requests, expected, strict=True):
+            if request in aborted.values():
+                assert request.finish_reason == "abort"
+            else:
+                assert request.output_ids == ids
         llm.reset_prefix_cache()
         assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
 

@@ -49,10 +49,11 @@ class EngineProcess:
         self._compiler: GrammarCompiler | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="grammars")  # they take up to seconds
         self._compiling: dict[int, tuple[Submit, Future[Matcher]]] = {}
+        self._told: CoreStats | None = None
+        core.while_waiting = self._look
 
     def run(self, ending: threading.Event) -> None:
         """Until `ending` is set. MinisglError when a rank or a replica has failed."""
-        told: CoreStats | None = None
         while not ending.is_set():
             self._receive()
             if self._core.num_unfinished:
@@ -60,17 +61,31 @@ class EngineProcess:
             else:
                 progressed = []
                 self._core.check()
-            stats = self._core.stats()
-            if progressed or stats != told:
-                tokens = [self._tokens(request) for request in progressed]
-                send(self._socket, protocol.Stepped(tokens, Stats(*stats)))
-                told = stats
+            self._tell(progressed)
+
+    def _tell(self, progressed: list[Request]) -> None:
+        """Send what these requests have got, and how the engine stands if that is news."""
+        stats = self._core.stats()
+        if progressed or stats != self._told:
+            tokens = [self._tokens(request) for request in progressed if request in self._ids]
+            send(self._socket, protocol.Stepped(tokens, Stats(*stats)))
+            self._told = stats
+
+    def _look(self) -> None:
+        """A step runs: whoever went away meanwhile should not wait for its end."""
+        if self._socket.poll(0):
+            self._take_in()
+            self._tell([])
 
     def _receive(self) -> None:
-        """Take in all messages that are there; wait for one when nothing else is to do."""
-        submitted: list[Request] = []
+        """Take in messages; wait for one when nothing else is to do."""
         if not self._core.num_unfinished:
             self._socket.poll(COMPILING_POLL_MS if self._compiling else IDLE_POLL_MS)
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Do what all messages say that are there."""
+        submitted: list[Request] = []
         while True:
             try:
                 message = protocol.decode_to_engine(self._socket.recv(zmq.NOBLOCK))
