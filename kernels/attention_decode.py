@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade
-from minisgl.kernels.decode_splits import COMBINE, combine_splits, decode_tile, max_splits_of, splits_of
+from minisgl.kernels.decode_splits import combine_block, combine_splits, decode_tile, max_splits_of, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
 from minisgl.kernels.launch import cdiv, next_power_of_2, num_multiprocessors, use_triton
 from minisgl.kernels.paged import (
@@ -423,7 +423,8 @@ def _launch(
     )
     if max_splits == 1:
         return
-    _combine_kernel[(cdiv(heads, COMBINE["BLOCK_H"]), batch)](
+    block = combine_block(q.device)
+    _combine_kernel[(cdiv(heads, block["BLOCK_H"]), batch)](
         partial,
         logsumexp,
         kv_lens,
@@ -434,6 +435,6 @@ def _launch(
         WINDOW=window,
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
-        **COMBINE,
+        **block,
         **launch,
     )

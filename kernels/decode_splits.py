@@ -22,8 +22,9 @@ SHORT_CONTEXT = tl.constexpr(4 * 64 * 8)
 LONG_SPLIT = tl.constexpr(1024)
 
 # Splits asked for together, heads of a program, and its warps: many small programs at once hide their chain of loads
-# (256 x 560 takes 0.1 ms a step more with 4 warps).
+# (256 x 560 takes 0.1 ms a step more with 4 warps). The interpreter runs programs one after another.
 COMBINE = {"BLOCK_S": 8, "BLOCK_H": 2, "num_warps": 1}
+COMBINE_INTERPRETED = {"BLOCK_S": 2, "BLOCK_H": 16, "num_warps": 1}
 
 
 class Tile(NamedTuple):
@@ -52,6 +53,11 @@ def decode_tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile
     """The tile for a head dim."""
     tiles = FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
     return tiles[max(64, next_power_of_2(head_dim))]
+
+
+def combine_block(device: torch.device) -> dict[str, int]:
+    """The block sizes of `combine_splits`, and its warps."""
+    return COMBINE_INTERPRETED if architecture(device) == "cpu" else COMBINE
 
 
 @triton.jit

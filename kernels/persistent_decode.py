@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.decode_splits import COMBINE, Tile, combine_splits, merge_split, splits_of
+from minisgl.kernels.decode_splits import Tile, combine_block, combine_splits, merge_split, splits_of
 from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
 from minisgl.kernels.launch import cdiv, next_power_of_2, num_multiprocessors
 from minisgl.kernels.paged import LOG2_E, MASKED_SCORE, load_block, load_page_ids, online_softmax
@@ -280,6 +280,7 @@ def persistent_decode(
         **options,
     )
     if max_splits > 1 and shares > 1:
-        _combine_cut_kernel[(cdiv(heads, COMBINE["BLOCK_H"]), shares - 1)](
-            partial, logsumexp, kv_lens, out, max_splits, batch, **COMBINE, **options
+        block = combine_block(q.device)
+        _combine_cut_kernel[(cdiv(heads, block["BLOCK_H"]), shares - 1)](
+            partial, logsumexp, kv_lens, out, max_splits, batch, **block, **options
         )

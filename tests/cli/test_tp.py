@@ -115,7 +115,7 @@ def starve(rank: int) -> None:
 )
 def test_a_rank_that_fails_ends_the_job_which_can_go_on(folder: Path, fault, line: str) -> None:  # type: ignore[no-untyped-def]
     output = folder / "out.jsonl"
-    options = ["16", "--ignore-eos", "--max-running", "4", "-o", str(output), "--tp", "2", "--watchdog-s", "4"]
+    options = ["100", "--ignore-eos", "--max-running", "4", "-o", str(output), "--tp", "2", "--watchdog-s", "4"]
     process = start(folder, [sys.executable, "-m", "minisgl", *RUN, *options])
     while process.poll() is None and not (output.exists() and output.stat().st_size):
         time.sleep(0.05)
@@ -151,7 +151,7 @@ def test_ranks_that_do_not_come_together_end(folder: Path) -> None:
 
 def test_a_replica_that_hangs_ends_the_job_which_can_go_on(folder: Path) -> None:
     output = folder / "out.jsonl"
-    options = ["16", "--ignore-eos", "--max-running", "4", "-o", str(output)]
+    options = ["100", "--ignore-eos", "--max-running", "4", "-o", str(output)]
     command = [sys.executable, "-m", "minisgl", *RUN, *options]
     process = start(folder, [*command, "--dp", "2", "--watchdog-s", "3"])
     while process.poll() is None and not (output.exists() and output.stat().st_size):
