@@ -34,6 +34,7 @@ class Watch:
         self.say: Callable[[str], object] = print_failure  # before this process ends, where nobody else says why
         self._store = meeting.again()
         self._followers = followers
+        self._failing = threading.Lock()
         self._known = threading.Event()  # there is a failure
         self._told = threading.Event()  # whoever steps knows it
         self._ended = threading.Event()
@@ -138,9 +139,12 @@ class Watch:
         return f"{who} not answer: a step takes longer than --watchdog-s {self._limit_s:g}"
 
     def fail(self, failure: str) -> None:
-        """End the job; called in a thread beside the one that steps."""
-        self.failure = failure
-        self._known.set()
+        """End the job; called in threads beside the one that steps, of which the first says why."""
+        with self._failing:
+            if self._known.is_set():
+                return
+            self.failure = failure
+            self._known.set()
         if self.place.rank != 0:
             if self.place.rank == 1 and OF_REPLICA not in os.environ:  # one line, and not one of each rank
                 self.say(failure)

@@ -92,7 +92,7 @@ def test_a_batch_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_a_batch_did_not_get_to_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches_module, "WINDOW_S", 1)
+    monkeypatch.setattr(batches_module, "WINDOW_S", 4)
 
     async def run() -> None:
         world = World(tmp_path)
