@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minisgl.bench.harness import Case
 from minisgl.bench.tuning import Tuning
-from minisgl.kernels.invariant_matmul import ANY, TILES, Tile, invariant_matmul
+from minisgl.kernels.invariant_matmul import ANY, TILES, Tile, bucket_of, invariant_matmul
 from minisgl.kernels.skinny_matmul import row_borders, skinny_matmul
 
 # N, K of qkv, o, gate and up, down; the LM head reads few rows, and the last prompt token's alone of a prefill.
@@ -67,8 +67,6 @@ def _error(rows: int, device: torch.device) -> float:
     return float((y.double() - expected).abs().max() / expected.abs().max())
 
 
-# By the most rows of x and of the weight. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its
-# bits are the same.
 def _few(*blocks: tuple[int, int, int, int, int]) -> list[Tile]:
     return [Tile(*block, parallel=True, tma=True) for block in blocks]
 
@@ -77,6 +75,8 @@ def _many(*blocks: tuple[int, int, int, int, int]) -> list[Tile]:
     return [Tile(*block, parallel=False, tma=True) for block in blocks]
 
 
+# By the most rows of x and of the weight. A block_n of 32 is another instruction on sm_90, mma.sync: it counts if its
+# bits are the same.
 CANDIDATES: dict[tuple[int, int], list[Tile]] = {
     (16, ANY): [*_few((64, 16, 256, 4, 5), (64, 16, 128, 4, 8), (128, 16, 128, 8, 6)), Tile(64, 16, 128, 4, 5, True)],
     (32, ANY): [*_few((64, 32, 256, 4, 4), (64, 32, 128, 4, 8), (128, 32, 128, 8, 5)), Tile(64, 32, 128, 4, 4, True)],
@@ -100,17 +100,17 @@ CANDIDATES: dict[tuple[int, int], list[Tile]] = {
 }
 
 
-def _bucket(rows: int, outputs: int) -> tuple[int, int]:
-    return min(bucket for bucket in CANDIDATES if rows <= bucket[0] and outputs <= bucket[1])
-
-
 def tunings(device: torch.device, shapes: Sequence[tuple[int, int]] = (*SHAPES, LM_HEAD, NARROW)) -> Iterator[Tuning]:
     """Tiles by rows of both. Candidates whose rows have other bits than the table's other tiles are printed as
     wrong."""
     weights = {shape: _weights(*shape, device) for shape in shapes}
     for bucket, tiles in CANDIDATES.items():
         rows = min(bucket[0], 4096)
-        fitting = [shape for shape in shapes if _bucket(rows, shape[0]) == bucket and (shape != LM_HEAD or rows <= 256)]
+        fitting = [
+            shape
+            for shape in shapes
+            if bucket_of(rows, shape[0], CANDIDATES) == bucket and (shape != LM_HEAD or rows <= 256)
+        ]
         if not fitting:
             continue
         xs = {inputs: torch.randn(rows, inputs, dtype=torch.bfloat16, device=device) for _, inputs in shapes}

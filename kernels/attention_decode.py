@@ -356,45 +356,17 @@ def _launch(
     max_splits = max_splits_of(max_kv_len, window, tile.block_n)
     partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
     logsumexp = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    inputs = q, k_cache, v_cache, page_table, rows, kv_lens
     shared = cascade is not None and not window and max_splits > 1
     if cascade is not None and shared:
-        attention_cascade(
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            rows,
-            kv_lens,
-            cascade,
-            partial,
-            logsumexp,
-            scale=scale,
-        )
+        attention_cascade(*inputs, cascade, partial, logsumexp, scale=scale)
     if rotary is None and not shared and batch >= many_sequences(kv_heads) and heads <= MOST_GROUPED * kv_heads:
-        persistent_decode(
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            rows,
-            kv_lens,
-            partial,
-            logsumexp,
-            out,
-            scale=scale,
-            window=window,
-            tile=tile,
-        )
+        persistent_decode(*inputs, partial, logsumexp, out, scale=scale, window=window, tile=tile)
         return
     launch = dependent_launch(q.device)
     programs = max_splits * kv_heads * batch
     _attention_decode_kernel[(max_splits * kv_heads, batch)](
-        q,
-        k_cache,
-        v_cache,
-        page_table,
-        rows,
-        kv_lens,
+        *inputs,
         partial,
         logsumexp,
         out,

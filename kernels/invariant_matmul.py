@@ -19,6 +19,7 @@ alone; exact fp32 is a chain of fused multiply-adds an element. The GPU tests co
 Across GPU types, versions of Triton, and shards of N or K over ranks, the bits may differ.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -239,9 +240,14 @@ def _tiles(dtype: torch.dtype, device: torch.device) -> Tiles:
     return FP32_TILES if dtype.itemsize > 2 else TILES.get(architecture(device), SAFE_TILES)
 
 
+def bucket_of(rows: int, outputs: int, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket of a tile table that a matmul of so many rows and outputs falls in."""
+    return min(bucket for bucket in buckets if rows <= bucket[0] and outputs <= bucket[1])
+
+
 def _tile(rows: int, outputs: int, dtype: torch.dtype, device: torch.device) -> Tile:
     tiles = _tiles(dtype, device)
-    return tiles[min(bucket for bucket in tiles if rows <= bucket[0] and outputs <= bucket[1])]
+    return tiles[bucket_of(rows, outputs, tiles)]
 
 
 def row_borders(dtype: torch.dtype, device: torch.device) -> list[int]:

@@ -66,8 +66,11 @@ class ReplicaProcess:
         self._send(pack({"ready": vars(core.config)}))
         while self._receive(core):
             progressed = core.step() if core.num_unfinished else []
-            alive = [request for request in progressed if request.index in self._requests]
-            found = [(request.index, request, self._num_sent[request.index]) for request in alive]
+            found = [
+                (request.index, request, self._num_sent[request.index])
+                for request in progressed
+                if request.index in self._requests  # not aborted since it got its tokens
+            ]
             self._send(pack_progress(found, core.stats()))
             for id, request, _ in found:
                 self._num_sent[id] = request.num_output

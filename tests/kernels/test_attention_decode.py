@@ -97,7 +97,9 @@ def test_both_split_sizes(device, dtype, assert_close):
     assert_close(problem.launch(), problem.expected())
 
 
-def test_more_splits_than_one_combine_block(device, dtype, assert_close):
+def test_more_splits_than_one_combine_block(device, dtype, assert_close, monkeypatch):
+    for block in (splits.COMBINE, splits.COMBINE_INTERPRETED):
+        monkeypatch.setitem(block, "BLOCK_S", 2)
     problem = make_problem([5 * splits.LEAST_SPLIT.value - 1, 100], 1, 1, 16, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
 
@@ -169,7 +171,7 @@ def test_max_splits_bounds_every_length():
 @pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize(
-    "heads, kv_heads, head_dim, page_size", [(4, 2, 64, 16), (3, 1, 80, 64), (8, 4, 128, 64), (7, 1, 256, 128)]
+    "heads, kv_heads, head_dim, page_size", [(4, 2, 64, 16), (3, 1, 80, 64), (16, 8, 128, 64), (7, 1, 256, 128)]
 )
 def test_with_rotary_equals_rotary_store_first(device, dtype, window, with_norm, heads, kv_heads, head_dim, page_size):
     """Bit for bit: a step of decodes alone may take the one and a mixed step the other."""

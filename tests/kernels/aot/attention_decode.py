@@ -22,15 +22,23 @@ def launch() -> None:
         assert kernel.metadata.shared <= limit, f"{kernel.metadata.shared} bytes of shared memory; {limit} are there"
 
 
-def compile_one(
+def compile_plain(
     dtype: torch.dtype, head_dim: int, page_size: int = 64, window: int = 0, heads: int = 32, kv_heads: int = 8
-) -> None:
+) -> tuple[object, ...]:
+    """Returns the pages, as both launchers take them."""
     q = torch.empty(2, heads + 2 * kv_heads, head_dim, dtype=dtype)[:, :heads]
     cache = torch.empty(1, page_size, kv_heads, head_dim, dtype=dtype)
     index = torch.zeros(2, dtype=torch.int32)
-    out = torch.empty(q.shape, dtype=dtype)
     pages = cache, cache, index[None], index, index, 9000
-    attention_decode(q, *pages, scale=1.0, window=window, out=out)
+    attention_decode(q, *pages, scale=1.0, window=window, out=torch.empty(q.shape, dtype=dtype))
+    return pages
+
+
+def compile_one(
+    dtype: torch.dtype, head_dim: int, page_size: int = 64, window: int = 0, heads: int = 32, kv_heads: int = 8
+) -> None:
+    pages = compile_plain(dtype, head_dim, page_size, window, heads, kv_heads)
+    out = torch.empty(2, heads, head_dim, dtype=dtype)
     norm = torch.empty(head_dim, dtype=dtype)
     rotary = Rotary(torch.empty(9000, head_dim), norm, norm, 1e-6)
     qkv = torch.empty(2, (heads + 2 * kv_heads) * head_dim, dtype=dtype)
