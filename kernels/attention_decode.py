@@ -8,9 +8,10 @@ Bound by memory: keys and values are read once, 4 K D bytes a key in bf16.
 One program reads one split of one sequence's keys for one KV head and serves all query heads of that KV head, packed as
 the rows of a matmul (padded to 16). A second launch combines the splits by their log-sum-exp; a sequence with a single
 split writes its output in the first. The grid is bounded by `max_kv_len`: programs past a sequence's last split leave
-at once, so one bound can be captured in a graph. For many sequences persistent_decode.py does the same otherwise.
-The size of a split depends on the sequence's own visible keys, never on the batch or on the grid, and splits are
-combined in their order, so a sequence's result is the same bit for bit whatever runs beside it.
+at once, so one bound can be captured in a graph. For many sequences, a program reads a span of splits (see
+decode_splits.py) and merges them as it goes.
+The sizes of splits and spans depend on the sequence's own visible keys, never on the batch or on the grid, and they
+are merged in their order, so a sequence's result is the same bit for bit whatever runs beside it.
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
@@ -19,7 +20,16 @@ import triton
 import triton.language as tl
 
 from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade
-from minisgl.kernels.decode_splits import combine_block, combine_splits, decode_tile, max_splits_of, splits_of
+from minisgl.kernels.decode_splits import (
+    combine_block,
+    combine_parts,
+    decode_tile,
+    finish_merge,
+    max_parts_of,
+    merge_split,
+    spans_of,
+    splits_of,
+)
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
 from minisgl.kernels.launch import cdiv, next_power_of_2, num_multiprocessors, use_triton
 from minisgl.kernels.paged import (
@@ -30,19 +40,17 @@ from minisgl.kernels.paged import (
     load_page_ids,
     online_softmax,
 )
-from minisgl.kernels.persistent_decode import persistent_decode
 from minisgl.kernels.rotary import Rotary, check_rotary, load_heads, rotary_store_reference, rotate_heads, store_kv
 
-# Pairs of sequence and KV head from which `persistent_decode` is faster: on an H200, with 8 KV heads and contexts of
-# `mini`, 120 sequences take 135 us against 137, and 81 112 against 110.
-MANY = 800
-MOST_GROUPED = 16  # query heads of a KV head, which it keeps in shared memory
+# Pairs of sequence and KV head from which spans are read instead of splits: on an H200, with 32 / 8 heads, 59 sequences
+# of 1,399 keys take 89.2 us instead of 90.7, 112 of 1,105 129.4 instead of 133.3, 256 of 610 163.4 instead of 187.2.
+MANY = 470
 PREFETCH_KEYS = tl.constexpr(256)
 PREFETCH_PROGRAMS = 1  # a multiprocessor: above, memory is busy without (16 x 560 loses 5%)
 
 
 def many_sequences(kv_heads: int) -> int:
-    """The number of sequences from which `attention_decode` runs another kernel."""
+    """The number of sequences from which `attention_decode` reads spans, in another kernel."""
     return cdiv(MANY, kv_heads)
 
 
@@ -112,7 +120,7 @@ def _prefetch_keys(
         "kv_lens_ptr",
         "shared_splits_ptr",
         "page_table_stride",
-        "max_splits",
+        "max_parts",
     ],
 )
 def _attention_decode_kernel(
@@ -128,7 +136,7 @@ def _attention_decode_kernel(
     scale_log2,
     q_stride,
     page_table_stride,
-    max_splits,
+    max_parts,
     cos_sin_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -146,31 +154,33 @@ def _attention_decode_kernel(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HAS_SHARED: tl.constexpr,  # the first shared_splits of a sequence are computed by `attention_cascade`
+    SPANS: tl.constexpr,  # a program reads a span and not a split; not with HAS_SHARED
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
-    split = tl.program_id(0) // KV_HEADS
+    part = tl.program_id(0) // KV_HEADS
     sequence = tl.program_id(1).to(tl.int64)
     k_ptr += kv_head * HEAD_DIM
     v_ptr += kv_head * HEAD_DIM
     # The kernel before this one wrote q, k and v, but neither lengths nor pages: see dependent_launch.py.
     kv_len = tl.load(kv_lens_ptr + sequence)
     table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
-    first_key, keys_begin, split_size, num_splits = splits_of(kv_len, WINDOW, BLOCK_N)
-    begin = keys_begin + split * split_size
-    end = tl.minimum(begin + split_size, kv_len)
+    first_key, keys_begin, split_size, num_parts = splits_of(kv_len, WINDOW, BLOCK_N)
+    part_size = split_size
+    if SPANS:
+        part_size, num_parts = spans_of(kv_len, keys_begin, split_size)
+    begin = keys_begin + part * part_size
+    end = tl.minimum(begin + part_size, kv_len)
     shared_splits = 0
     if HAS_SHARED:
         shared_splits = tl.load(shared_splits_ptr + sequence)
-        end = tl.where(split < shared_splits, begin, end)  # nothing to read here
+        end = tl.where(part < shared_splits, begin, end)  # nothing to read here
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     if PREFETCH:
         _prefetch_keys(k_ptr, v_ptr, table_row, begin, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM)
     wait_for_previous_kernel(PDL)
-    if (split >= tl.maximum(num_splits, 1)) | (
-        split < shared_splits
-    ):  # the first split of an empty (padded) row writes zeros
+    if (part >= tl.maximum(num_parts, 1)) | (part < shared_splits):  # the first of an empty (padded) row writes zeros
         return
 
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -184,7 +194,7 @@ def _attention_decode_kernel(
         last = tl.maximum(kv_len - 1, 0)  # where the token stands
         angles = cos_sin_ptr + last.to(tl.int64) * HEAD_DIM
         loaded = load_heads(q_ptr + heads * HEAD_DIM, in_group, angles, q_norm_ptr, HEAD_DIM, BLOCK_D, HAS_Q_NORM)
-        if split == num_splits - 1:  # the one program of this KV head that attends to the new key
+        if part == num_parts - 1:  # the one program of this KV head that attends to the new key
             slot = tl.load(table_row + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
             store_kv(
                 q_ptr + (HEADS + kv_head) * HEAD_DIM + group * 0, group == 0, slot * KV_HEADS + group * 0,
@@ -198,6 +208,7 @@ def _attention_decode_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
+    span_acc, span_max, span_sum = acc, row_max, row_sum  # of the span's splits before this one
     next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         page = next_page
@@ -209,27 +220,39 @@ def _attention_decode_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(visible[None, :], scores, MASKED_SCORE)
         acc, row_max, row_sum = online_softmax(scores, v, acc, row_max, row_sum, scale_log2)
+        if SPANS:
+            following = start + BLOCK_N
+            if ((following - keys_begin) % split_size == 0) | (following >= end):
+                partial, logsumexp = finish_merge(acc, row_max, row_sum)
+                span_acc, span_max, span_sum = merge_split(span_acc, span_max, span_sum, partial, logsumexp)
+                acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+                row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
+                row_sum = tl.zeros([BLOCK_G], tl.float32)
 
-    acc = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    if num_splits <= 1:
+    if SPANS:
+        acc, logsumexp = finish_merge(span_acc, span_max, span_sum)
+    else:
+        acc, logsumexp = finish_merge(acc, row_max, row_sum)
+    if num_parts <= 1:
         out = out_ptr + (sequence * HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        slots = (sequence * max_splits + split) * HEADS + heads
+        slots = (sequence * max_parts + part) * HEADS + heads
         tl.store(partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
-        tl.store(logsumexp_ptr + slots, row_max + tl.log2(row_sum), mask=group < GROUP)
+        tl.store(logsumexp_ptr + slots, logsumexp, mask=group < GROUP)
 
 
-@triton.jit(do_not_specialize=["kv_lens_ptr", "max_splits"])
+@triton.jit(do_not_specialize=["kv_lens_ptr", "max_parts"])
 def _combine_kernel(
     partial_ptr,
     logsumexp_ptr,
     kv_lens_ptr,
     out_ptr,
-    max_splits,
+    max_parts,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPANS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -237,13 +260,16 @@ def _combine_kernel(
     PDL: tl.constexpr,
 ):
     sequence = tl.program_id(1).to(tl.int64)
-    _, _, _, num_splits = splits_of(tl.load(kv_lens_ptr + sequence), WINDOW, BLOCK_N)
+    kv_len = tl.load(kv_lens_ptr + sequence)
+    _, begin, split_size, num_parts = splits_of(kv_len, WINDOW, BLOCK_N)
+    if SPANS:
+        _, num_parts = spans_of(kv_len, begin, split_size)
     wait_for_previous_kernel(PDL)
-    if num_splits <= 1:  # written by the first launch
+    if num_parts <= 1:  # written by the first launch
         return
-    combine_splits(
-        partial_ptr, logsumexp_ptr, out_ptr, sequence, tl.program_id(0), num_splits, max_splits,
-        HEADS, HEAD_DIM, BLOCK_S, BLOCK_H, BLOCK_D,
+    combine_parts(
+        partial_ptr, logsumexp_ptr, out_ptr, sequence, tl.program_id(0), split_size, num_parts, max_parts,
+        HEADS, HEAD_DIM, SPANS, BLOCK_S, BLOCK_H, BLOCK_D,
     )  # fmt: skip
 
 
@@ -353,19 +379,18 @@ def _launch(
     _, page_size, kv_heads, _ = k_cache.shape
     tile = decode_tile(head_dim, q.device, q.dtype)
     block_d = max(16, next_power_of_2(head_dim))
-    max_splits = max_splits_of(max_kv_len, window, tile.block_n)
-    partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
-    logsumexp = torch.empty(batch, max_splits, heads, dtype=torch.float32, device=q.device)
+    if window or max_parts_of(max_kv_len, window, tile.block_n, spans=False) == 1:
+        cascade = None
+    spans = cascade is None and rotary is None and batch >= many_sequences(kv_heads)
+    max_parts = max_parts_of(max_kv_len, window, tile.block_n, spans)
+    partial = torch.empty(batch, max_parts, heads, head_dim, dtype=torch.float32, device=q.device)
+    logsumexp = torch.empty(batch, max_parts, heads, dtype=torch.float32, device=q.device)
     inputs = q, k_cache, v_cache, page_table, rows, kv_lens
-    shared = cascade is not None and not window and max_splits > 1
-    if cascade is not None and shared:
+    if cascade is not None:
         attention_cascade(*inputs, cascade, partial, logsumexp, scale=scale)
-    if rotary is None and not shared and batch >= many_sequences(kv_heads) and heads <= MOST_GROUPED * kv_heads:
-        persistent_decode(*inputs, partial, logsumexp, out, scale=scale, window=window, tile=tile)
-        return
     launch = dependent_launch(q.device)
-    programs = max_splits * kv_heads * batch
-    _attention_decode_kernel[(max_splits * kv_heads, batch)](
+    programs = max_parts * kv_heads * batch
+    _attention_decode_kernel[(max_parts * kv_heads, batch)](
         *inputs,
         partial,
         logsumexp,
@@ -373,9 +398,9 @@ def _launch(
         scale * LOG2_E,
         q.stride(0),
         page_table.stride(0),
-        max_splits,
+        max_parts,
         *(rotary or (None, None, None, 0.0)),
-        cascade.shared_splits if cascade is not None and shared else None,
+        cascade.shared_splits if cascade is not None else None,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -387,13 +412,14 @@ def _launch(
         ROTARY=rotary is not None,
         HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
-        HAS_SHARED=shared,
+        HAS_SHARED=cascade is not None,
+        SPANS=spans,
         PREFETCH=rotary is not None and launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch,
     )
-    if max_splits == 1:
+    if max_parts == 1:
         return
     block = combine_block(q.device)
     _combine_kernel[(cdiv(heads, block["BLOCK_H"]), batch)](
@@ -401,10 +427,11 @@ def _launch(
         logsumexp,
         kv_lens,
         out,
-        max_splits,
+        max_parts,
         HEADS=heads,
         HEAD_DIM=head_dim,
         WINDOW=window,
+        SPANS=spans,
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
         **block,

@@ -2,7 +2,12 @@
 what its kernels share.
 
 A split's place and size follow from the sequence's own visible keys, never from the batch or the grid, so a sequence's
-result does not depend on what runs beside it, nor on which kernel computes a split.
+result does not depend on what runs beside it, nor on which kernel computes a split. Short splits in turn form spans:
+
+    result = merge of its spans, each of which is the merge of its splits, in their order
+
+Few sequences have a program for each split, and spans are merged with everything else; many have a program for each
+span, which merges its splits in registers and writes a fraction of the intermediate results. The bits are the same.
 """
 
 from typing import NamedTuple
@@ -20,6 +25,7 @@ LEAST_SPLIT = tl.constexpr(64)
 SHORT_SPLITS = tl.constexpr(8)
 SHORT_CONTEXT = tl.constexpr(4 * 64 * 8)
 LONG_SPLIT = tl.constexpr(1024)
+SPAN = tl.constexpr(512)  # keys; a longer split is a span of its own
 
 # Splits asked for together, heads of a program, and its warps: many small programs at once hide their chain of loads
 # (256 x 560 takes 0.1 ms a step more with 4 warps). The interpreter runs programs one after another.
@@ -56,7 +62,7 @@ def decode_tile(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tile
 
 
 def combine_block(device: torch.device) -> dict[str, int]:
-    """The block sizes of `combine_splits`, and its warps."""
+    """The block sizes of `combine_parts`, and its warps."""
     return COMBINE_INTERPRETED if architecture(device) == "cpu" else COMBINE
 
 
@@ -76,6 +82,13 @@ def splits_of(kv_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
     return first_key, begin, split_size, (visible + split_size - 1) // split_size
 
 
+@triton.jit
+def spans_of(kv_len, begin, split_size):
+    """(keys of a span, number of spans) of a sequence, from what `splits_of` says of it."""
+    size = tl.maximum(split_size, SPAN)
+    return size, (kv_len - begin + size - 1) // size
+
+
 SPLIT_BORDERS = tuple(SHORT_CONTEXT.value // part for part in (4, 2, 1))  # visible keys above which splits are longer
 
 
@@ -86,10 +99,12 @@ def split_size(visible: int) -> int:
     return int(max(LEAST_SPLIT.value, next_power_of_2(max(visible, 1)) // SHORT_SPLITS.value))
 
 
-def max_splits_of(max_kv_len: int, window: int, block_n: int) -> int:
-    """The most splits that `splits_of` gives a sequence of up to max_kv_len keys; at least 1."""
+def max_parts_of(max_kv_len: int, window: int, block_n: int, spans: bool) -> int:
+    """The most splits, or spans, that a sequence of up to max_kv_len keys has; at least 1."""
     visible = min(max_kv_len, window + block_n - 1) if window else max_kv_len
-    short: int = min(-(-visible // LEAST_SPLIT.value), SHORT_SPLITS.value)
+    least = SPAN.value if spans else LEAST_SPLIT.value
+    longest = max(SHORT_CONTEXT.value // SHORT_SPLITS.value, least)  # of a short context
+    short: int = min(-(-visible // least), SHORT_CONTEXT.value // longest)
     long: int = -(-visible // LONG_SPLIT.value)
     return max(short, long, 1)
 
@@ -107,40 +122,62 @@ def merge_split(acc, running_max, total, partial, logsumexp):
 
 
 @triton.jit
-def combine_splits(
+def finish_merge(acc, running_max, total):
+    """What `merge_split` has added up as one (partial, logsumexp); zeros and -inf where no split had a key."""
+    return acc / tl.where(total > 0, total, 1.0)[:, None], running_max + tl.log2(total)
+
+
+@triton.jit
+def combine_parts(
     partial_ptr,
     logsumexp_ptr,
     out_ptr,
     sequence,
     head_block,
-    num_splits,
-    max_splits,
+    split_size,
+    num_parts,
+    max_parts,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # splits that are asked for together
+    SPANS: tl.constexpr,  # the parts are spans; else splits
+    BLOCK_S: tl.constexpr,  # parts that are asked for together
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write a sequence's output for BLOCK_H heads, from the workspaces partial  # [B, max_splits, H, D] and logsumexp
-    # [B, max_splits, H]."""
+    """Write a sequence's output for BLOCK_H heads, from the workspaces partial  # [B, max_parts, H, D] and logsumexp
+    # [B, max_parts, H]."""
     heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
     dims = tl.arange(0, BLOCK_D)
     mask = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     running_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    for start in range(0, num_splits, BLOCK_S):
+    span_acc, span_max, span_total = acc, running_max, total
+    splits_per_span = tl.maximum(SPAN // split_size, 1)
+    for start in range(0, num_parts, BLOCK_S):
         sums = ()
         partials = ()
         for place in tl.static_range(BLOCK_S):
-            splits = start + place + heads * 0
-            slots = (sequence * max_splits + splits) * HEADS + heads
-            stored = (heads < HEADS) & (splits < num_splits)
+            part = start + place + heads * 0
+            slots = (sequence * max_parts + part) * HEADS + heads
+            stored = (heads < HEADS) & (part < num_parts)
             values = partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
             sums += (tl.load(logsumexp_ptr + slots, mask=stored, other=float("-inf")),)  # type: ignore[assignment]
             partials += (tl.load(values, mask=stored[:, None] & mask, other=0.0),)  # type: ignore[assignment]
         for place in tl.static_range(BLOCK_S):  # one after another; past the last, nothing is added
-            acc, running_max, total = merge_split(acc, running_max, total, partials[place], sums[place])
+            if SPANS:
+                acc, running_max, total = merge_split(acc, running_max, total, partials[place], sums[place])
+            else:
+                span_acc, span_max, span_total = merge_split(
+                    span_acc, span_max, span_total, partials[place], sums[place]
+                )
+                following = start + place + 1
+                if (following % splits_per_span == 0) | (following == num_parts):
+                    partial, logsumexp = finish_merge(span_acc, span_max, span_total)
+                    acc, running_max, total = merge_split(acc, running_max, total, partial, logsumexp)
+                    span_acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+                    span_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+                    span_total = tl.zeros([BLOCK_H], tl.float32)
     out = out_ptr + (sequence * HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
-    y = acc / tl.where(total > 0, total, 1.0)[:, None]
+    y, _ = finish_merge(acc, running_max, total)
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,3 +1,5 @@
+from itertools import product
+
 import torch
 
 from minisgl.kernels import attention_decode as module
@@ -17,6 +19,12 @@ def launch() -> None:
     compile_one(torch.bfloat16, 128, page_size=16)
     for group in (7, 24, 128):
         compile_one(torch.bfloat16, 128, page_size=256, heads=group, kv_heads=1)
+    many, module.MANY = module.MANY, 1
+    for dtype, head_dim in product((torch.bfloat16, torch.float32), (64, 128, 256)):
+        compile_plain(dtype, head_dim)
+    compile_plain(torch.bfloat16, 128, page_size=16, window=4096)
+    compile_plain(torch.bfloat16, 128, page_size=256, heads=16, kv_heads=1)
+    module.MANY = many
     limit = SHARED_MEMORY[architecture(torch.device("cpu"))]
     for kernel in module._attention_decode_kernel.device_caches[0][0].values():
         assert kernel.metadata.shared <= limit, f"{kernel.metadata.shared} bytes of shared memory; {limit} are there"
