@@ -22,6 +22,7 @@ log = logging.getLogger("minisgl")
 
 NEEDED = "--baseline transformers needs continuous batching: pip install 'transformers>=5.17' psutil"
 NO_EOS = -1  # a negative id ends nothing
+MAX_STEP_TOKENS = 8192  # on a CPU; the default elsewhere
 IDLE_S = 1.0  # how long to wait for a result before looking whether the thread that makes them still lives
 
 
@@ -70,7 +71,7 @@ class TransformersEngine:
             num_requests=len(workload.prompts),
         )
         on_gpu = self.device.type == "cuda"
-        manager = self._new_manager(hints, None if on_gpu else _blocks(workload))
+        manager = self._new_manager(hints, {} if on_gpu else _cpu_sizes(workload))
         try:
             if on_gpu:
                 manager.warmup()  # captures graphs; without any, it would only run the largest step there is
@@ -80,12 +81,12 @@ class TransformersEngine:
             manager.stop(block=True)
             manager.destroy()
 
-    def _new_manager(self, hints: Any, num_blocks: int | None) -> Any:
+    def _new_manager(self, hints: Any, sizes: dict[str, int]) -> Any:
         """A manager with flash attention, or with torch's where the first cannot be had (its kernel is a download)."""
         for switch in (self._switch_to_flash, False):
             # Older versions have no such field, and stay with torch's attention.
             asked = {"auto_switch_to_flash": switch} if "auto_switch_to_flash" in self._fields else {}
-            config = self._batching(num_blocks=num_blocks, **asked)
+            config = self._batching(**sizes, **asked)
             try:
                 manager = self.model.init_continuous_batching(self._sampling, config, workload_hints=hints)
                 self._attention = self.model.config._attn_implementation
@@ -131,6 +132,11 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _blocks(workload: Workload, block_size: int = 256) -> int:
-    """KV blocks for all requests at once: on a CPU the default would touch most of the machine's memory."""
-    return sum(-(-(len(prompt) + length) // block_size) + 1 for prompt, length in zip(*workload, strict=True))
+def _cpu_sizes(workload: Workload, block_size: int = 256) -> dict[str, int]:
+    """KV blocks for all requests at once, and the tokens of a step. On a CPU transformers would else plan with most of
+    the machine's memory, or, where there is a GPU as well, with that of the GPU."""
+    lens = [len(prompt) for prompt in workload.prompts]
+    num_blocks = sum(
+        -(-(own + length) // block_size) + 1 for own, length in zip(lens, workload.output_lens, strict=True)
+    )
+    return {"num_blocks": num_blocks, "max_batch_tokens": min(sum(lens) + len(lens), MAX_STEP_TOKENS)}

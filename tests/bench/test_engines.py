@@ -1,6 +1,7 @@
 """Throughput and latency from end to end on a CPU with the demo model, and what their rows say."""
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,23 @@ def test_the_same_work_through_transformers(prompts: Path) -> None:
     for figures in (theirs[metric] for metric in latency.METRICS):
         assert 0 < figures["p50"] <= figures["p99"]
     assert theirs["ttft_ms"]["p50"] < theirs["e2e_ms"]["p50"]
+
+
+def test_a_gpu_beside_does_not_size_a_run_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers plans its steps with the memory of a GPU if there is one, and then allocates them on the CPU."""
+    pytest.importorskip("psutil")
+    import transformers.generation.continuous_batching.cache as cache
+
+    of_a_gpu = (torch.device("cuda"), 139 << 30, 0, 0)  # total, reserved, allocated
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: of_a_gpu)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with TransformersEngine(MODEL_PATH, {"device": "cpu"}) as engine:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limits[1]))
+        try:
+            assert engine.run(WORK).output_tokens == 11
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_without_continuous_batching(monkeypatch: pytest.MonkeyPatch) -> None:

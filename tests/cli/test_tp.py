@@ -22,9 +22,13 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rows = [{"prompt": f"{index} + 3 =", "temperature": index % 2} for index in range(20)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_prompts(tmp_path)
     return tmp_path
+
+
+def write_prompts(folder: Path, times: int = 1) -> None:
+    rows = [{"prompt": f"{index} + 3 = " * times, "temperature": index % 2} for index in range(20)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def start(folder: Path, command: list[str], **variables: str) -> "subprocess.Popen[str]":
@@ -115,8 +119,11 @@ def starve(rank: int) -> None:
 def test_a_rank_that_fails_ends_the_job_which_can_go_on(folder: Path, fault, line: str) -> None:  # type: ignore[no-untyped-def]
     output = folder / "out.jsonl"
     options = ["60", "--ignore-eos", "--max-running", "4", "-o", str(output), "--tp", "2", "--watchdog-s", "4"]
-    # Memory that a step takes comes from the system each time: without that, one that starves may have enough.
-    variables = {"MALLOC_MMAP_THRESHOLD_": "4096"} if fault is starve else {}
+    variables = {}
+    if fault is starve:
+        # Steps that take megabytes, which come from the system each time: else, one that starves may have enough.
+        write_prompts(folder, times=60)
+        variables = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096", "MALLOC_ARENA_MAX": "1"}
     process = start(folder, [sys.executable, "-m", "minisgl", *RUN, *options], **variables)
     while process.poll() is None and not (output.exists() and output.stat().st_size):
         time.sleep(0.05)
