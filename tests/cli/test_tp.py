@@ -106,6 +106,15 @@ def starve(rank: int) -> None:
     resource.prlimit(rank, resource.RLIMIT_AS, (1, resource.RLIM_INFINITY))
 
 
+def starving_works() -> bool:
+    """Not every sandbox enforces the limit."""
+    command = [sys.executable, "-c", "import mmap; input(); mmap.mmap(-1, 1 << 24)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        starve(process.pid)
+        process.communicate(b"\n")
+    return process.returncode != 0
+
+
 @pytest.mark.parametrize(
     "fault, line",
     [
@@ -121,6 +130,8 @@ def test_a_rank_that_fails_ends_the_job_which_can_go_on(folder: Path, fault, lin
     options = ["60", "--ignore-eos", "--max-running", "4", "-o", str(output), "--tp", "2", "--watchdog-s", "4"]
     variables = {}
     if fault is starve:
+        if not starving_works():
+            pytest.skip("a process that may have no more memory gets some here")
         # Steps that take megabytes, which come from the system each time: else, one that starves may have enough.
         write_prompts(folder, times=60)
         variables = {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_TRIM_THRESHOLD_": "4096", "MALLOC_ARENA_MAX": "1"}
