@@ -1,6 +1,3 @@
-import re
-from typing import Any
-
 import torch
 
 from minisgl.kernels import attention_cascade as module
@@ -8,6 +5,7 @@ from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade, t
 from minisgl.kernels.attention_decode import _attention_decode_kernel, attention_decode
 from minisgl.kernels.launch import architecture
 from minisgl.kernels.paged import SHARED_MEMORY
+from tests.kernels.arithmetic import arithmetic
 
 
 def launch() -> None:
@@ -41,19 +39,3 @@ def compile_one(dtype: torch.dtype, head_dim: int, page_size: int = 64, heads: i
     limit = SHARED_MEMORY[architecture(torch.device("cpu"))]
     assert cascade.metadata.shared <= limit, f"{cascade.metadata.shared} bytes of shared memory; {limit} are there"
     assert arithmetic(cascade) == arithmetic(decode), f"sums differ: {dtype}, {head_dim}, {heads}/{kv_heads}"
-
-
-def arithmetic(compiled: Any) -> set[str]:
-    """Every matmul and every sum over a dimension, with the layouts of its operands."""
-    text = compiled.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
-    found = re.findall(r"(?:tt\.dot|warp_group_dot|tc_gen5_mma)\b.*? : ((?:tensor|!).*) loc\(", text)
-    assert found, "no matmul was found"
-    found += re.findall(r"^ *\}\) : (.*) loc\(", text, re.MULTILINE)  # the types of a sum stand below its body
-
-    def spelled_out(types: str) -> str:
-        while (plain := re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), types)) != types:
-            types = plain
-        return types
-
-    return {spelled_out(types) for types in found}
