@@ -188,7 +188,7 @@ def _invariant_matmul_kernel(
         group_t = tl.minimum(blocks_t - group * GROUP_T, GROUP_T)
         first_token = (group * GROUP_T + in_group % group_t) * BLOCK_T
         # The last block is whole too, and has rows of the one before it once more, for the same bits: rows past the end
-        # are slow to load by descriptor (Qwen3-8B's matmuls of 144 rows took 6 ms a step more than those of 256).
+        # are slow to load by descriptor (12288 -> 4096 on an H200: 160 rows took 102 us, and take 43, as 256 do).
         first_token = tl.minimum(first_token, tl.maximum(M - BLOCK_T, 0))
         first_output = in_group // group_t * BLOCK_N
         if PARALLEL or SPLITS == 1:
