@@ -7,7 +7,8 @@ Legend: T packed tokens, S sequences, H query heads, K KV heads, D head dim, P p
 The new tokens' own keys and values are already in the cache. Bound by matmul: 4 D flops for each (query, visible key).
 
 One program does one tile: BLOCK_M queries of one sequence and one head. The host lists the tiles (`prefill_tiles`),
-longest first. Heads are the fastest place of the grid, so heads that share KV run together and find it in L2.
+longest first; how many there are is read on the device, so that a captured launch serves every list up to its own size.
+Heads are the fastest place of the grid, so heads that share KV run together and find it in L2.
 Blocks of keys that every query of the tile sees carry no mask; only the diagonal and the window's edge do. Scores and
 sums are fp32. A token's result depends on its own sequence alone, but a prompt in chunks has other tiles than the whole
 prompt: the two agree to rounding, not bit for bit. Hopper has a kernel of its own for common shapes, in
@@ -58,7 +59,7 @@ def attention_prefill_reference(
     for s, (row, kv_len) in enumerate(zip(rows.tolist(), kv_lens.tolist(), strict=True)):
         tokens = slice(offsets[s], offsets[s + 1])
         query_len = offsets[s + 1] - offsets[s]
-        if query_len == 0:
+        if query_len == 0 or kv_len == 0:  # padding
             continue
         pages = page_table[row, : -(-kv_len // k_cache.shape[1])].long()
         queries = q[tokens].to(wide).transpose(0, 1)  # [H, query_len, D]
@@ -116,7 +117,8 @@ def query_block(head_dim: int, device: torch.device, dtype: torch.dtype) -> int:
 
 
 def prefill_tiles(query_lens: npt.ArrayLike, kv_lens: npt.ArrayLike, block: int) -> npt.NDArray[np.int32]:
-    """All (sequence, query block) tiles of a step  # [num_tiles, 2] int32, those with the most keys first.
+    """All (sequence, query block) tiles of a step, those with the most keys first, below a row with their number
+    # [1 + num_tiles, 2] int32.
 
     query_lens, kv_lens  # [S] new tokens, and cached + new tokens, of each sequence. block: from `query_block`.
     """
@@ -128,7 +130,8 @@ def prefill_tiles(query_lens: npt.ArrayLike, kv_lens: npt.ArrayLike, block: int)
     query_block = np.arange(len(sequence)) - first_tile[sequence]
     num_keys = cached[sequence] + np.minimum((query_block + 1) * block, new[sequence])
     heaviest_first = np.argsort(-num_keys, kind="stable")
-    return np.stack([sequence, query_block], axis=1)[heaviest_first].astype(np.int32)
+    tiles = np.stack([sequence, query_block], axis=1)[heaviest_first]
+    return np.concatenate([[[len(tiles), 0]], tiles]).astype(np.int32)
 
 
 @triton.jit
@@ -201,8 +204,10 @@ def _attention_prefill_kernel(
 ):
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
-    sequence = tl.load(tiles_ptr + 2 * tile)
-    block_start = tl.load(tiles_ptr + 2 * tile + 1) * BLOCK_M
+    if tile >= tl.load(tiles_ptr):
+        return
+    sequence = tl.load(tiles_ptr + 2 + 2 * tile)
+    block_start = tl.load(tiles_ptr + 2 + 2 * tile + 1) * BLOCK_M
     first_token = tl.load(cu_seqlens_ptr + sequence)
     query_len = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
     kv_len = tl.load(kv_lens_ptr + sequence)
@@ -282,22 +287,22 @@ def attention_prefill(
 
     q  # [T, H, D], tokens any stride apart; k_cache, v_cache  # [P, page_size, K, D], one layer, contiguous.
     page_table  # [R, M]; rows  # [S] page_table row of each sequence; cu_seqlens  # [S + 1] offsets of its tokens in q,
-    from 0; kv_lens  # [S] cached + new tokens; all int32. tiles  # [num_tiles, 2] int32, from
-    `prefill_tiles(..., query_block(D, device, dtype))`: no other block fits. window: keys a token sees, its own
-    included; 0 is all. out  # [T, H, D] contiguous; tokens outside cu_seqlens are not written.
+    ascending; kv_lens  # [S] cached + new tokens; all int32. tiles  # [1 + num_tiles, 2] int32, from
+    `prefill_tiles(..., query_block(D, device, dtype))`: no other block fits; rows behind its own are not read. window:
+    keys a token sees, its own included; 0 is all. out  # [T, H, D] contiguous; tokens outside cu_seqlens are not
+    written.
     Raises ValueError for a wrong shape, stride, dtype or device.
     """
     check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
     check_index("cu_seqlens", cu_seqlens, q.device, (rows.shape[0] + 1,))
     check_index("tiles", tiles, q.device, (None, 2))
     if not use_triton(q):
-        out.copy_(
-            attention_prefill_reference(
-                q, k_cache, v_cache, page_table, rows, cu_seqlens, kv_lens, scale=scale, window=window
-            )
-        )
+        tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        index = page_table, rows, cu_seqlens, kv_lens
+        result = attention_prefill_reference(q, k_cache, v_cache, *index, scale=scale, window=window)
+        out[tokens] = result[tokens]
         return
-    if tiles.shape[0] == 0:
+    if tiles.shape[0] == 1:
         return
 
     arguments = (q, k_cache, v_cache, page_table, rows, cu_seqlens, kv_lens, tiles)
@@ -326,7 +331,7 @@ def attention_prefill_portable(
     _, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_cache.shape
     tile = _tile(head_dim, q.device, q.dtype)
-    _attention_prefill_kernel[(tiles.shape[0] * heads,)](
+    _attention_prefill_kernel[((tiles.shape[0] - 1) * heads,)](
         q,
         k_cache,
         v_cache,

@@ -135,8 +135,8 @@ def _work(turn, index, HEADS: gl.constexpr):
     item = turn * programs + (program if turn % 2 == 0 else programs - 1 - program)
     head = item % HEADS
     tile = item // HEADS
-    sequence = gl.load(index.tiles_ptr + 2 * tile)
-    block_start = gl.load(index.tiles_ptr + 2 * tile + 1) * BLOCK_M
+    sequence = gl.load(index.tiles_ptr + 2 + 2 * tile)
+    block_start = gl.load(index.tiles_ptr + 2 + 2 * tile + 1) * BLOCK_M
     first_token = gl.load(index.cu_seqlens_ptr + sequence)
     query_len = gl.load(index.cu_seqlens_ptr + sequence + 1) - first_token
     kv_len = gl.load(index.kv_lens_ptr + sequence)
@@ -355,7 +355,7 @@ def _consume(
 # The index tensors are slices of one upload: their alignment changes from step to step and must not recompile.
 @gluon.jit(
     do_not_specialize=[
-        "page_table_ptr", "rows_ptr", "cu_seqlens_ptr", "kv_lens_ptr", "tiles_ptr", "page_table_stride", "num_items",
+        "page_table_ptr", "rows_ptr", "cu_seqlens_ptr", "kv_lens_ptr", "tiles_ptr", "page_table_stride",
     ]
 )  # fmt: skip
 def _attention_prefill_sm90(
@@ -370,7 +370,6 @@ def _attention_prefill_sm90(
     out_ptr,
     scale_log2,
     page_table_stride,
-    num_items,
     HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
@@ -381,6 +380,7 @@ def _attention_prefill_sm90(
 ):
     program = gl.program_id(0)
     programs = gl.num_programs(0)
+    num_items = gl.load(tiles_ptr) * HEADS
     full_turns = num_items // programs
     last = program if full_turns % 2 == 0 else programs - 1 - program  # this program's place in the snake's last turn
     num_turns = full_turns + (last < num_items % programs).to(gl.int32)
@@ -474,8 +474,8 @@ def attention_prefill_sm90(
     _, page_size, kv_heads, _ = k_cache.shape
     # Two consumer groups and the producer share 504: more than one box a block is too much for 24.
     consumer_registers, producer_registers = (240, 24) if page_size >= BLOCK_N.value else (232, 40)
-    num_items = tiles.shape[0] * heads
-    _attention_prefill_sm90[(min(num_items, num_multiprocessors(q.device)),)](
+    most_items = (tiles.shape[0] - 1) * heads
+    _attention_prefill_sm90[(min(most_items, num_multiprocessors(q.device)),)](
         TensorDescriptor(
             q, [tokens, heads * head_dim], [q.stride(0), 1], [BLOCK_M.value // 2, head_dim], BUFFER_LAYOUT.value
         ),
@@ -489,7 +489,6 @@ def attention_prefill_sm90(
         out,
         scale * LOG2_E,
         page_table.stride(0),
-        num_items,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,

@@ -55,8 +55,10 @@ def _invariant_prefill_kernel(
 ):
     head = tl.program_id(0) % HEADS
     tile = tl.program_id(0) // HEADS
-    sequence = tl.load(tiles_ptr + 2 * tile)
-    block_start = tl.load(tiles_ptr + 2 * tile + 1) * BLOCK_M
+    if tile >= tl.load(tiles_ptr):
+        return
+    sequence = tl.load(tiles_ptr + 2 + 2 * tile)
+    block_start = tl.load(tiles_ptr + 2 + 2 * tile + 1) * BLOCK_M
     first_token = tl.load(cu_seqlens_ptr + sequence)
     query_len = tl.load(cu_seqlens_ptr + sequence + 1) - first_token
     kv_len = tl.load(kv_lens_ptr + sequence)
@@ -110,13 +112,15 @@ def invariant_prefill(
     check_index("tiles", tiles, q.device, (None, 2))
     index = page_table, rows, cu_seqlens, kv_lens
     if not use_triton(q):
-        out.copy_(invariant_attention_reference(q, k_cache, v_cache, *index, scale=scale, window=window))
+        tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        result = invariant_attention_reference(q, k_cache, v_cache, *index, scale=scale, window=window)
+        out[tokens] = result[tokens]
         return
-    if tiles.shape[0] == 0:
+    if tiles.shape[0] == 1:
         return
     tile = tile_of(q.shape[2], q.device, q.dtype)
     k_desc, v_desc = descriptors(k_cache, v_cache, tile)
-    _invariant_prefill_kernel[(tiles.shape[0] * q.shape[1],)](
+    _invariant_prefill_kernel[((tiles.shape[0] - 1) * q.shape[1],)](
         q,
         k_cache,
         v_cache,

@@ -2,13 +2,14 @@
 
     start    = starts[s], or length[row] where starts[s] is -1 (a decoding row: only the device need know its length)
     position = start + 0, 1, ... for the tokens of sequence s
-    id       = tokens[row, position] for a decoding row; chunk_ids, which are also written to `tokens`, for a chunk
+    id       = tokens[row, position] for a decoding row; for a chunk that of `ids`, which `tokens` gets too
     slot     = page_table[row, position // page_size] * page_size + position % page_size; -1 before store_from
     length[row] = kv_lens[s] = start + number of tokens
 
-A row of -1 is padding of a captured step: one token of no text, with kv_lens 0 and slot -1; no table is touched.
+A row of -1 is padding of a captured step: any number of tokens of no text, with kv_lens 0 and slot -1; no table is
+touched.
 
-Legend: S sequences, T tokens, B decoding rows (the first B sequences, one token each), R rows, M pages a row.
+Legend: S sequences, T tokens, R rows, M pages a row.
 Bound by launch latency: a few int32 for each token. The tables of rows live on the device, so that a decode step needs
 nothing from the host but `rows`.
 """
@@ -38,8 +39,7 @@ def prepare_step_reference(
     starts: torch.Tensor,
     offsets: torch.Tensor,
     store_from: torch.Tensor,
-    chunk_ids: torch.Tensor,
-    num_decode: int,
+    ids: torch.Tensor,
     tokens: torch.Tensor,
     length: torch.Tensor,
     page_table: torch.Tensor,
@@ -49,12 +49,14 @@ def prepare_step_reference(
     counts = offsets.diff()
     real = rows >= 0
     rows = rows.clamp_min(0)
+    of_chunk = real & (starts >= 0)
     starts = torch.where(starts < 0, length[rows], starts)
     sequence = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
     place = torch.arange(len(sequence), device=rows.device, dtype=torch.int32) - offsets[sequence]
     positions = starts[sequence] + place
     row = rows[sequence]
-    tokens[row[num_decode:], positions[num_decode:]] = chunk_ids
+    given = of_chunk[sequence]
+    tokens[row[given], positions[given]] = ids[given]
     pages = page_table[row, positions // page_size]
     slots = torch.where(positions < store_from[sequence], -1, pages * page_size + positions % page_size)
     kv_lens = starts + counts
@@ -67,16 +69,15 @@ def prepare_step_reference(
 
 # The int32 inputs are slices of one upload: their alignment varies, and nothing here gains from knowing it.
 @triton.jit(
-    do_not_specialize=["num_decode", "tokens_stride", "page_table_stride"],
-    do_not_specialize_on_alignment=["rows_ptr", "starts_ptr", "offsets_ptr", "store_from_ptr", "chunk_ids_ptr"],
+    do_not_specialize=["tokens_stride", "page_table_stride"],
+    do_not_specialize_on_alignment=["rows_ptr", "starts_ptr", "offsets_ptr", "store_from_ptr", "ids_ptr"],
 )
 def _prepare_step_kernel(
     rows_ptr,
     starts_ptr,
     offsets_ptr,
     store_from_ptr,
-    chunk_ids_ptr,
-    num_decode,
+    ids_ptr,
     tokens_ptr,
     tokens_stride,
     length_ptr,
@@ -96,23 +97,24 @@ def _prepare_step_kernel(
     first = tl.load(offsets_ptr + sequence)
     count = tl.load(offsets_ptr + sequence + 1) - first
     row = tl.load(rows_ptr + sequence).to(tl.int64)
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
     if row < 0:
-        tl.store(input_ids_ptr + first, 0)
-        tl.store(positions_ptr + first, 0)
-        tl.store(slots_ptr + first, -1)
+        tl.store(input_ids_ptr + first + place, 0, mask=mask)
+        tl.store(positions_ptr + first + place, 0, mask=mask)
+        tl.store(slots_ptr + first + place, -1, mask=mask)
         tl.store(kv_lens_ptr + sequence, 0)
     elif block * BLOCK < count:
         start = tl.load(starts_ptr + sequence)
-        if start < 0:
+        decodes = start < 0
+        if decodes:
             start = tl.load(length_ptr + row)  # one program has this row: a decoding row has one token
-        place = block * BLOCK + tl.arange(0, BLOCK)
-        mask = place < count
         position = start + place
         token = row * tokens_stride + position
-        if sequence < num_decode:
+        if decodes:
             ids = tl.load(tokens_ptr + token, mask=mask, other=0)
         else:
-            ids = tl.load(chunk_ids_ptr + (first - num_decode) + place, mask=mask, other=0)
+            ids = tl.load(ids_ptr + first + place, mask=mask, other=0)
             tl.store(tokens_ptr + token, ids, mask=mask)
         page = tl.load(page_table_ptr + row * page_table_stride + position // PAGE_SIZE, mask=mask, other=0)
         slot = page * PAGE_SIZE + position % PAGE_SIZE
@@ -133,8 +135,7 @@ def prepare_step(
     starts: torch.Tensor,
     offsets: torch.Tensor,
     store_from: torch.Tensor,
-    chunk_ids: torch.Tensor,
-    num_decode: int,
+    ids: torch.Tensor,
     longest: int,
     tokens: torch.Tensor,
     length: torch.Tensor,
@@ -143,12 +144,12 @@ def prepare_step(
 ) -> PreparedStep:
     """Make the packed tensors of a step, and advance the row table.
 
-    rows, starts, store_from  # [S] int32; offsets  # [S + 1] int32, of each sequence's tokens; chunk_ids  # [T - B]
-    int32. `longest` bounds the tokens of any sequence. tokens  # [R, max_len], length  # [R] and page_table  # [R, M],
-    int32, are the row table: `tokens` gets the chunks' ids, `length` the new KV lengths. Raises ValueError for a wrong
-    argument.
+    rows, starts, store_from  # [S] int32; offsets  # [S + 1] int32, of each sequence's tokens; ids  # [T] int32, read
+    where a chunk has its tokens. `longest` bounds the tokens of any sequence. tokens  # [R, max_len], length  # [R] and
+    page_table  # [R, M], int32, are the row table: `tokens` gets the chunks' ids, `length` the new KV lengths. Raises
+    ValueError for a wrong argument.
     """
-    sequences, num_tokens = len(rows), num_decode + len(chunk_ids)
+    sequences, num_tokens = len(rows), len(ids)
     check(offsets.shape == (sequences + 1,), f"offsets: expected [{sequences + 1}], got {list(offsets.shape)}")
     for name, x in (("starts", starts), ("store_from", store_from)):
         check(x.shape == rows.shape, f"{name}: expected {list(rows.shape)}, got {list(x.shape)}")
@@ -156,9 +157,7 @@ def prepare_step(
         check(x.dtype == torch.int32, f"{name}: expected int32, got {x.dtype}")
         check(x.device == rows.device, f"{name}: is on {x.device}, expected {rows.device}")
     if not use_triton(rows):
-        return prepare_step_reference(
-            rows, starts, offsets, store_from, chunk_ids, num_decode, tokens, length, page_table, page_size
-        )
+        return prepare_step_reference(rows, starts, offsets, store_from, ids, tokens, length, page_table, page_size)
     sizes = [num_tokens, num_tokens, num_tokens, sequences]
     input_ids, positions, slots, kv_lens = (torch.empty(n, dtype=torch.int32, device=rows.device) for n in sizes)
     _prepare_step_kernel[(sequences, cdiv(longest, BLOCK))](
@@ -166,8 +165,7 @@ def prepare_step(
         starts,
         offsets,
         store_from,
-        chunk_ids,
-        num_decode,
+        ids,
         tokens,
         tokens.stride(0),
         length,

@@ -23,7 +23,7 @@ from minisgl.cascade import CascadePlanner, packed_length
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
-from minisgl.graphs import DecodeGraphs, Key, padded_size
+from minisgl.graphs import Key, StepGraphs, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
 from minisgl.kernels.attention_decode import many_sequences
 from minisgl.kernels.launch import use_device, use_triton
@@ -229,10 +229,10 @@ class Engine:
         together = tile_members(shard.q_heads.size, shard.kv_heads.size, self.dtype)
         return together if config.cascade and use_triton(self.model.lm_head) and together > 1 else 0
 
-    def _new_graphs(self) -> DecodeGraphs | None:
+    def _new_graphs(self) -> StepGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
             return None
-        return DecodeGraphs(self.rows, self.run_key, self.config.max_graph_batch, self.group)
+        return StepGraphs(self.rows, self.run_key, self.config.max_graph_batch, self.group)
 
     # -- memory --
 

@@ -1,10 +1,15 @@
-"""Captured decode steps: prepare, model, LM head, sampling and write-back as one CUDA graph, replayed with new rows.
+"""Captured steps: prepare, model, LM head, sampling and write-back as one CUDA graph, replayed with new inputs.
 
-A graph is made when its batch size is first needed (tens of milliseconds; kernels are compiled by then), so that
-start-up captures nothing that is never used. Its inputs are `rows` and, where some share a prefix, tiles of them:
-everything else a decode step reads is in the row table. A batch smaller than the graph is padded with row -1, which no
-kernel acts on. Ranks make the same graphs, or none of them does. All graphs share one memory pool, since they run one
-after another and a step's ids are copied out before the next replay.
+A graph is made when its size is first needed (tens of milliseconds; kernels are compiled by then), so that start-up
+captures nothing that is never used. There are two kinds.
+
+- Decodes alone. The inputs are `rows` and, where some share a prefix, tiles of them: everything else is in the row
+  table. A batch smaller than the graph is padded with row -1, which no kernel acts on.
+- Chunks of prompts, with decodes or without: the inputs are what `rows.pack` makes of the step in a room of fixed
+  size. Such steps launch hundreds of kernels, which takes the host longer than the device up to some thousand tokens.
+
+Ranks make the same graphs, or none of them does. All graphs share one memory pool, since they run one after another and
+what a step made is copied out before the next replay.
 
 Knows steps and the row table. Does not know models.
 """
@@ -12,8 +17,10 @@ Knows steps and the row table. Does not know models.
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from minisgl.batch import Batch
@@ -21,7 +28,7 @@ from minisgl.cascade import CascadePlan, packed_length
 from minisgl.forward import Forward, Wanted
 from minisgl.kernels.attention_cascade import CascadeTiles
 from minisgl.parallel import ParallelGroup
-from minisgl.rows import RowTable
+from minisgl.rows import Room, RowTable, pack
 from minisgl.scheduler import Step
 from minisgl.upload import ints
 
@@ -34,6 +41,14 @@ BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, *range(32, 256, 32), *range(256, 512, 64)
 CONTEXT_BOUNDS = (1024, 8192, 32768, 131072, 1 << 30)
 
 
+# A step with chunks is padded to so many tokens, which cost as much as others do; one with more runs eagerly: there the
+# device takes longer than the host.
+TOKENS = (32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))
+# It samples for a number of rows that few graphs cover, and has room for so many chunks.
+SAMPLES = (8, 32, *range(64, 256, 64), *range(256, 4097, 256))
+CHUNKS = 64
+
+
 def padded_size(batch: int) -> int:
     """The size of the graph that holds a batch."""
     return BATCH_SIZES[bisect_left(BATCH_SIZES, batch)] if batch <= BATCH_SIZES[-1] else batch
@@ -42,31 +57,43 @@ def padded_size(batch: int) -> int:
 class Key(NamedTuple):
     """What a graph is made for."""
 
-    size: int  # of the batch, padding included
+    size: int  # of the batch, padding included: rows that decode and, with chunks, rows that are sampled
     bound: int  # on the rows' lengths
     tile_members: int  # of the tiles of a shared prefix; 0: no row shares one
     wanted: Wanted
     masked: bool  # ends with logits, which are sampled once the masks are there
+    tokens: int = 0  # of a step with chunks, padding included; 0: decodes alone
 
 
-class DecodeGraphs:
-    """Decode steps of up to `max_batch` rows; `forward` runs a batch as a key says."""
+class Captured(NamedTuple):
+    """A graph, what it makes, and the int32 inputs that it reads beside the tiles of a shared prefix."""
+
+    graph: torch.cuda.CUDAGraph
+    made: Forward
+    inputs: torch.Tensor
+
+
+class StepGraphs:
+    """Steps of up to `max_batch` decodes, and beside them chunks of some tokens; `forward` runs a batch as a key
+    says."""
 
     def __init__(
         self, rows: RowTable, forward: Callable[[Batch, Key], Forward], max_batch: int, group: ParallelGroup
     ) -> None:
         self.rows = rows
         self.max_batch = max_batch
+        self.max_tokens = TOKENS[-1]
         self._forward = forward
         self._group = group
-        self._max_len = rows.tokens.shape[1]
-        # The inputs of all graphs, each of which reads their start; and what they start with now.
+        self._max_rows, self._max_len = rows.tokens.shape
+        # The inputs of decodes alone and of tiles, of which each graph reads the start; and what they start with now.
         self._rows_in = torch.full((BATCH_SIZES[-1],), -1, dtype=torch.int32, device=rows.device)
         self._cascade_in = torch.zeros(4 * BATCH_SIZES[-1], dtype=torch.int32, device=rows.device)
         self._loaded_rows: list[int | None]
         self._loaded_cascade: tuple[int, CascadePlan | None]
         self._forget_inputs()
-        self._graphs: dict[Key, tuple[torch.cuda.CUDAGraph, Forward]] = {}
+        self._graphs: dict[Key, Captured] = {}
+        self._seen_once: set[Key] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -75,58 +102,102 @@ class DecodeGraphs:
         return list(self._graphs)
 
     def run(self, step: Step, wanted: Wanted, masked: bool) -> Forward | None:
-        """Replay a decode step; what it made is valid until the next replay. None if no graph can hold it."""
-        batch = len(step.decodes)
-        if step.chunks or batch > self.max_batch:
+        """Replay a step; what it made is valid until the next replay. None if no graph can hold it."""
+        key = self._key(step, wanted, masked)
+        if key is None or (key not in self._graphs and not self._capture(key)):
             return None
-        longest = max(request.length for request in step.decodes)
-        key = Key(
-            size=padded_size(batch),
+        captured = self._graphs[key]
+        changed = []
+        rows, cascade = self._loaded_rows, self._loaded_cascade
+        if key.tokens:
+            packed = pack(step, self.rows.query_block, self._room(key))
+            changed.append((captured.inputs, np.concatenate(list(packed.values()))))
+        else:
+            rows = [request.row for request in step.decodes] + [-1] * (key.size - len(step.decodes))
+            if rows != self._loaded_rows:
+                changed.append((captured.inputs, ints(rows)))
+        if step.cascade and (key.size, step.cascade) != cascade:
+            cascade = key.size, step.cascade
+            tiles = step.cascade.packed(key.size)
+            changed.append((self._cascade_in[: len(tiles)], tiles))
+        self._forget_inputs()  # what a transfer that fails leaves there is not known
+        self.rows.update(step, changed)
+        self._loaded_rows, self._loaded_cascade = rows, cascade
+        captured.graph.replay()
+        return captured.made.first(len(step.sampled))
+
+    def _key(self, step: Step, wanted: Wanted, masked: bool) -> Key | None:
+        """Of the graph that holds a step; None if none does."""
+        batch, tokens, sampled = len(step.decodes), 0, len(step.sampled)
+        if batch > self.max_batch:
+            return None
+        size = padded_size(batch)
+        if step.chunks:
+            keeps = any(chunk.pooled[0] < chunk.pooled[1] or chunk.scored[0] < chunk.scored[1] for chunk in step.chunks)
+            if keeps or step.num_tokens > self.max_tokens or sampled > SAMPLES[-1] or len(step.chunks) > CHUNKS:
+                return None
+            tokens = TOKENS[bisect_left(TOKENS, step.num_tokens)]
+            size = min(SAMPLES[bisect_left(SAMPLES, sampled)], padded_size(self._max_rows), tokens)
+        longest = max((request.length for request in step.sampled), default=0)
+        return Key(
+            size=size,
             bound=min(CONTEXT_BOUNDS[bisect_left(CONTEXT_BOUNDS, longest)], self._max_len),
             tile_members=step.cascade.tile_members if step.cascade else 0,
             wanted=wanted,
             masked=masked,
+            tokens=tokens,
         )
-        if key not in self._graphs and not self._capture(key):
-            return None
-        changed = []
-        rows, cascade = [request.row for request in step.decodes] + [-1] * (key.size - batch), self._loaded_cascade
-        if rows != self._loaded_rows:
-            changed.append((self._rows_in[: key.size], ints(rows)))
-        if step.cascade and (key.size, step.cascade) != cascade:
-            cascade = key.size, step.cascade
-            packed = step.cascade.packed(key.size)
-            changed.append((self._cascade_in[: len(packed)], packed))
-        self._forget_inputs()  # what a transfer that fails leaves there is not known
-        self.rows.load_decode(step, changed)
-        self._loaded_rows, self._loaded_cascade = rows, cascade
-        graph, made = self._graphs[key]
-        graph.replay()
-        return made.first(batch)
+
+    def _room(self, key: Key) -> Room:
+        tiles = key.tokens // self.rows.query_block + CHUNKS
+        return Room(decodes=key.size, chunks=CHUNKS + 1, tokens=key.tokens, samples=key.size, tiles=tiles)
 
     def _forget_inputs(self) -> None:
         self._loaded_rows, self._loaded_cascade = [], (0, None)
 
     def _capture(self, key: Key) -> bool:
-        """Make the graph of a key; without memory for it, go on without graphs of its size and above."""
-        inputs = self._rows_in[: key.size].fill_(-1)  # padding only: the run before the capture changes no row
-        cascade = None
-        if key.tile_members:
-            packed = self._cascade_in[: packed_length(key.size, key.tile_members)].zero_()
-            cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
+        """Make the graph of a key; without memory for it, go on without graphs of its size and above. One with chunks
+        is made when it comes again."""
+        if key.tokens and key not in self._seen_once:
+            self._seen_once.add(key)
+            return False
+        inputs = self._new_inputs(key)
         self._forget_inputs()
         graph, made = None, None
         try:
-            self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)
+            self._forward(self._batch(key, inputs), key)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                made = self._forward(self.rows.decode_batch(inputs, key.bound, cascade), key)
+                made = self._forward(self._batch(key, inputs), key)
         except torch.OutOfMemoryError:
             if graph is None and self._group.size > 1:
                 raise  # the run before the capture exchanges: other ranks would wait in it
         if not self._group.min(int(made is not None)) or graph is None or made is None:
-            self.max_batch = key.size - 1
-            log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
+            if key.tokens:
+                self.max_tokens = key.tokens - 1
+                log.warning("no memory to capture steps of %d tokens: they run eagerly, slower", key.tokens)
+            else:
+                self.max_batch = key.size - 1
+                log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
             return False
-        self._graphs[key] = graph, made
+        self._graphs[key] = Captured(graph, made, inputs)
         return True
+
+    def _new_inputs(self, key: Key) -> torch.Tensor:
+        """Inputs of padding only: the run before a capture changes no row."""
+        if not key.tokens:
+            return self._rows_in[: key.size].fill_(-1)
+        padding = pack(Step(), self.rows.query_block, self._room(key))
+        return torch.from_numpy(np.concatenate(list(padding.values()))).to(self.rows.device)
+
+    def _batch(self, key: Key, inputs: torch.Tensor) -> Batch:
+        """What a graph runs."""
+        cascade = None
+        if key.tile_members:
+            packed = self._cascade_in[: packed_length(key.size, key.tile_members)].zero_()
+            cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
+        if not key.tokens:
+            return self.rows.decode_batch(inputs, key.bound, cascade)
+        parts = pack(Step(), self.rows.query_block, self._room(key))
+        on_device = dict(zip(parts, inputs.split([len(part) for part in parts.values()]), strict=True))
+        return replace(self.rows.batch(on_device, key.size, key.bound, key.tokens), cascade=cascade)

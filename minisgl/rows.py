@@ -7,6 +7,8 @@ Knows tensors and steps. Does not decide anything.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,76 +42,30 @@ class RowTable:
         self.top_k = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.edits = RowEdits(self.tokens)
-        # What `prepare_step` reads of decoding rows, the same in every step (a padded batch may exceed the rows).
-        sizes = torch.arange(2 * num_rows + 2, dtype=torch.int32, device=device)
-        self._one_each, self._from_length, self._store_all = sizes, torch.full_like(sizes, -1), torch.zeros_like(sizes)
+        # What `batch` reads of decoding rows, the same in every step (a padded batch may exceed the rows).
+        self._places = places = torch.arange(2 * num_rows + 2, dtype=torch.int32, device=device)
+        self._from_length, self._zeros = torch.full_like(places, -1), torch.zeros_like(places)
 
     def load(self, step: Step) -> Batch:
         """Upload a step, bring the tables up to date, and make the tensors of its forward pass."""
-        decodes, chunks = step.decodes, step.chunks
-        num_decode = len(decodes)
-        starts = np.array([chunk.start for chunk in chunks], np.int32)
-        counts = np.array([chunk.count for chunk in chunks], np.int32)
-        store_from = np.array([chunk.store_from for chunk in chunks], np.int32)
-        ends_prompt = np.array([chunk.samples for chunk in chunks], bool)
-        cu_seqlens = np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)])
-        table_entries, pages = self._table_updates(step)
-        each_decode = np.arange(num_decode, dtype=np.int32)
-        sample_index = np.concatenate([each_decode, num_decode + cu_seqlens[1:][ends_prompt] - 1])
-        kept_index, kept = keep(step, num_decode + cu_seqlens, sample_index)
-        on_device = upload(
-            self.device,
-            rows=ints([request.row for request in decodes] + [chunk.request.row for chunk in chunks]),
-            starts=np.concatenate([np.full(num_decode, -1, np.int32), starts]),
-            offsets=np.concatenate([each_decode, num_decode + cu_seqlens]),
-            store_from=np.concatenate([np.zeros(num_decode, np.int32), store_from]),
-            cu_seqlens=cu_seqlens,
-            tiles=prefill_tiles(counts, starts + counts, self.query_block).ravel(),
-            sample_sequence=np.concatenate([each_decode, num_decode + np.flatnonzero(ends_prompt)]),
-            sample_index=kept_index,
-            **kept,
-            table_entries=table_entries,
-            pages=pages,
-            params=pack_params(step.new_rows),
-            cascade=step.cascade.packed(num_decode) if step.cascade else ints([]),
-            chunk_ids=np.concatenate([ints([])] + [c.request.tokens[c.start : c.start + c.count] for c in chunks]),
+        packed = pack(step, self.query_block)
+        sample_index, kept = keep(step, packed["offsets"][len(step.decodes) :], packed["sample_index"])
+        packed["sample_index"] = sample_index
+        cascade = step.cascade.packed(len(step.decodes)) if step.cascade else ints([])
+        on_device = upload(self.device, **packed, **kept, cascade=cascade, **self._updates(step))
+        self._update(step, on_device)
+        batch = self.batch(
+            {name: on_device[name] for name in packed},
+            len(step.decodes),
+            max((request.length for request in step.decodes), default=0),
+            max((chunk.count for chunk in step.chunks), default=1),
         )
-        rows, sample_sequence = on_device["rows"], on_device["sample_sequence"]
-        self._set_pages(on_device)
-        if step.new_rows:
-            self._set_params(on_device["params"].view(-1, PARAMS_WORDS))
-            self.edits.update(step.new_rows)
-        prepared = prepare_step(
-            rows,
-            on_device["starts"],
-            on_device["offsets"],
-            on_device["store_from"],
-            on_device["chunk_ids"],
-            num_decode,
-            int(counts.max(initial=1)),
-            self.tokens,
-            self.length,
-            self.page_table,
-            self.page_size,
-        )
-        tile_members = step.cascade.tile_members if step.cascade else 0
-        return Batch(
-            input_ids=prepared.input_ids,
-            positions=prepared.positions,
-            slots=prepared.slots,
-            rows=rows,
-            kv_lens=prepared.kv_lens,
-            num_decode=num_decode,
-            max_decode_len=max((request.length for request in decodes), default=0),
-            cu_seqlens=on_device["cu_seqlens"],
-            tiles=on_device["tiles"].view(-1, 2),
-            sample_index=on_device["sample_index"],
-            sample_rows=rows[sample_sequence] if chunks else rows,
-            sample_positions=prepared.kv_lens[sample_sequence] if chunks else prepared.kv_lens,
-            page_table=self.page_table,
-            cascade=CascadeTiles.unpack(on_device["cascade"], num_decode, tile_members) if step.cascade else None,
-            kept=self._kept(step, {name: on_device[name] for name in kept}) if kept else None,
-        )
+        if step.cascade:
+            tiles = CascadeTiles.unpack(on_device["cascade"], len(step.decodes), step.cascade.tile_members)
+            batch = replace(batch, cascade=tiles)
+        if kept:
+            batch = replace(batch, kept=self._kept(step, {name: on_device[name] for name in kept}))
+        return batch
 
     @staticmethod
     def _kept(step: Step, arrays: dict[str, torch.Tensor]) -> Kept:
@@ -117,64 +73,75 @@ class RowTable:
         # clone: a kernel reads them, and must not find the alignment that they have behind other parts
         return Kept(num_top=num_top, **{name: array.clone() for name, array in arrays.items()})
 
-    def load_decode(self, step: Step, changed: Sequence[tuple[torch.Tensor, Ints]]) -> None:
-        """Bring the page table up to date for a step of decodes only, and each of the `changed` int32 inputs."""
-        if not step.page_updates and not changed:
+    def update(self, step: Step, changed: Sequence[tuple[torch.Tensor, Ints]]) -> None:
+        """Bring the tables up to date for a captured step, and each of the `changed` int32 inputs."""
+        if not step.page_updates and not step.new_rows and not changed:
             return
-        table_entries, pages = self._table_updates(step)
         values = {str(place): ints for place, (_, ints) in enumerate(changed)}
-        on_device = upload(self.device, **values, table_entries=table_entries, pages=pages)
+        on_device = upload(self.device, **values, **self._updates(step))
         for place, (inputs, _) in enumerate(changed):
             inputs.copy_(on_device[str(place)])
-        self._set_pages(on_device)
+        self._update(step, on_device)
 
-    def decode_batch(self, rows: torch.Tensor, max_len: int, cascade: CascadeTiles | None = None) -> Batch:
-        """The batch of one token for each of `rows`  # [B] int32 on the device; -1 is padding. Reads nothing of the
-        host, so it can be captured; `max_len` bounds the rows' lengths."""
-        batch = len(rows)
-        prepared = prepare_step(
-            rows,
-            self._from_length[:batch],
-            self._one_each[: batch + 1],
-            self._store_all[:batch],
-            rows[:0],
-            batch,
-            1,
-            self.tokens,
-            self.length,
-            self.page_table,
-            self.page_size,
-        )
+    def batch(self, packed: dict[str, torch.Tensor], num_decode: int, max_decode_len: int, longest: int) -> Batch:
+        """The batch of what `pack` gives, on the device. Reads nothing of the host, so it can be captured;
+        `max_decode_len` bounds the lengths of rows that decode, `longest` the tokens of any sequence."""
+        rows, offsets = packed["rows"], packed["offsets"]
+        tables = self.tokens, self.length, self.page_table, self.page_size
+        prepared = prepare_step(rows, packed["starts"], offsets, packed["store_from"], packed["ids"], longest, *tables)
+        tiles, sample_rows, sample_positions = packed["tiles"].view(-1, 2), rows, prepared.kv_lens
+        if len(tiles) > 1:
+            sample_rows, sample_positions = (x[packed["sample_sequence"]] for x in (sample_rows, sample_positions))
         return Batch(
             input_ids=prepared.input_ids,
             positions=prepared.positions,
             slots=prepared.slots,
             rows=rows,
             kv_lens=prepared.kv_lens,
-            num_decode=batch,
-            max_decode_len=max_len,
-            cu_seqlens=rows[:0],
-            tiles=rows[:0].view(-1, 2),
-            sample_index=self._one_each[:batch],
-            sample_rows=rows,
-            sample_positions=prepared.kv_lens,
+            num_decode=num_decode,
+            max_decode_len=max_decode_len,
+            cu_seqlens=offsets[num_decode:],
+            tiles=tiles,
+            sample_index=packed["sample_index"],
+            sample_rows=sample_rows,
+            sample_positions=sample_positions,
             page_table=self.page_table,
-            cascade=cascade,
         )
+
+    def decode_batch(self, rows: torch.Tensor, max_len: int, cascade: CascadeTiles | None = None) -> Batch:
+        """The batch of one token for each of `rows`  # [B] int32 on the device; -1 is padding. Can be captured too;
+        `max_len` bounds the rows' lengths."""
+        size = len(rows)
+        zeros, places = self._zeros[:size], self._places[:size]
+        packed = {
+            "rows": rows,
+            "starts": self._from_length[:size],
+            "offsets": self._places[: size + 1],
+            "store_from": zeros,
+            "ids": zeros,
+            "tiles": self._zeros[:2],
+            "sample_sequence": places,
+            "sample_index": places,
+        }
+        return replace(self.batch(packed, size, max_len, 1), cascade=cascade)
 
     def reset(self) -> None:
         """Forget all rows, as after a profile run."""
         for table in (self.tokens, self.length, self.page_table):
             table.zero_()
 
-    def _table_updates(self, step: Step) -> tuple[Ints, Ints]:
-        """Flat places in the page table that the step changes, and the pages that go there."""
+    def _updates(self, step: Step) -> dict[str, Ints]:
+        """What a step changes in the tables: flat places in the page table and the pages that go there; new rows."""
         updates = np.array(step.page_updates, np.int32).reshape(-1, 3)
-        return updates[:, 0] * self.max_pages + updates[:, 1], updates[:, 2]
+        entries = updates[:, 0] * self.max_pages + updates[:, 1]
+        return {"table_entries": entries, "pages": updates[:, 2], "params": pack_params(step.new_rows)}
 
-    def _set_pages(self, on_device: dict[str, torch.Tensor]) -> None:
-        if len(on_device["pages"]):
+    def _update(self, step: Step, on_device: dict[str, torch.Tensor]) -> None:
+        if step.page_updates:
             self.page_table.view(-1)[on_device["table_entries"]] = on_device["pages"]
+        if step.new_rows:
+            self._set_params(on_device["params"].view(-1, PARAMS_WORDS))
+            self.edits.update(step.new_rows)
 
     def _set_params(self, params: torch.Tensor) -> None:
         """Fill in new rows from params  # [n, PARAMS_WORDS] int32, as `pack_params` lays them out."""
@@ -184,6 +151,56 @@ class RowTable:
         self.top_k[rows] = params[:, 4]
         # clone: contiguous() keeps the odd strides of a single row, which cannot be viewed as another type
         self.seed[rows] = params[:, 5:7].clone(memory_format=torch.contiguous_format).view(torch.int64).squeeze(1)
+
+
+class Room(NamedTuple):
+    """How many of each a packed step has room for; see the legend."""
+
+    decodes: int
+    chunks: int
+    tokens: int
+    samples: int
+    tiles: int
+
+
+def pack(step: Step, query_block: int, room: Room | None = None) -> dict[str, Ints]:
+    """A step as flat arrays, for `RowTable.batch`; as long as the step needs, or as `room` says.
+
+    In a room the last sequence is padding, which has the tokens that are left; so it must be one longer than the
+    chunks are. Samples that are left are of this sequence.
+    """
+    chunks, num_decode = step.chunks, len(step.decodes)
+    starts, counts, store_from = (
+        np.array([(chunk.start, chunk.count, chunk.store_from) for chunk in chunks], np.int32).reshape(-1, 3).T
+    )
+    ends_prompt = np.flatnonzero(ints([chunk.samples for chunk in chunks]))
+    tiles = prefill_tiles(counts, starts + counts, query_block).ravel()
+    num_tokens, num_samples = num_decode + int(counts.sum()), num_decode + len(ends_prompt)
+    room = room or Room(num_decode, len(chunks), num_tokens, num_samples, len(tiles) // 2 - 1)
+    sequences = room.decodes + room.chunks
+    decode, chunk = slice(num_decode), slice(room.decodes, room.decodes + len(chunks))
+
+    def of_sequences(default: int, decodes: Ints | int, of_chunks: Ints) -> Ints:
+        values = np.full(sequences, default, np.int32)
+        values[decode], values[chunk] = decodes, of_chunks
+        return values
+
+    lengths = of_sequences(0, 1, counts)
+    lengths[-1] += room.tokens - num_tokens
+    offsets = np.concatenate([ints([0]), np.cumsum(lengths, dtype=np.int32)])
+    sample_sequence = np.full(room.samples, sequences - 1, np.int32)
+    sample_sequence[:num_samples] = np.concatenate([np.arange(num_decode), room.decodes + ends_prompt])
+    texts = [request.request.tokens[request.start : request.start + request.count] for request in chunks]
+    return {
+        "rows": of_sequences(-1, ints([r.row for r in step.decodes]), ints([c.request.row for c in chunks])),
+        "starts": of_sequences(-1, -1, starts),
+        "offsets": offsets,
+        "store_from": of_sequences(0, 0, store_from),
+        "ids": np.concatenate([ints([0] * num_decode), *texts, ints([0] * (room.tokens - num_tokens))]),
+        "tiles": np.concatenate([tiles, ints([0] * (2 + 2 * room.tiles - len(tiles)))]),
+        "sample_sequence": sample_sequence,
+        "sample_index": offsets[sample_sequence + 1] - 1,
+    }
 
 
 def keep(step: Step, offsets: Ints, sample_index: Ints) -> tuple[Ints, dict[str, Ints]]:

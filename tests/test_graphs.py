@@ -1,32 +1,34 @@
-"""Captured decode steps, with a stand-in for CUDA graphs: it runs the forward pass again, into the same tensors."""
+"""Captured steps, with a stand-in for CUDA graphs: it runs the forward pass again, into the same tensors."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from minisgl import LLM, SamplingParams
+from minisgl import LLM, SamplingParams, graphs
 from minisgl.engine import Engine
-from minisgl.graphs import DecodeGraphs, Key
+from minisgl.graphs import Captured, Key, StepGraphs
 from tests.tiny_models import make
 
 SMALL = {"device": "cpu", "dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
 
 
-class Replayed(DecodeGraphs):
+class Replayed(StepGraphs):
     """Graphs that a CPU can replay. What a step reads must be in the tables and inputs, as on a GPU."""
 
     def _capture(self, key: Key) -> bool:
-        inputs = self._rows_in[: key.size]
-        made = self._forward(self.rows.decode_batch(inputs.fill_(-1), key.bound), key)
+        inputs = self._new_inputs(key)
+        made = self._forward(self._batch(key, inputs), key)
         self._forget_inputs()
         static = made.tensors()
 
         class Graph:
             def replay(graph) -> None:
-                again = self._forward(self.rows.decode_batch(inputs, key.bound), key)
+                again = self._forward(self._batch(key, inputs), key)
                 for kept, new in zip(static, again.tensors(), strict=True):
                     kept.copy_(new)
 
-        self._graphs[key] = Graph(), made
+        self._graphs[key] = Captured(Graph(), made, inputs)
         return True
 
 
@@ -35,8 +37,22 @@ def folder(tmp_path_factory):
     return make("qwen3", tmp_path_factory.mktemp("qwen3"))
 
 
+def without_logprobs(results):
+    return [replace(result, logprobs=None) for result in results]
+
+
+def assert_logprobs_close(got, expected):
+    """Other numbers of rows round matmuls otherwise."""
+    for one, other in zip(got, expected, strict=True):
+        assert (one.logprobs is None) == (other.logprobs is None)
+        for a, b in zip(one.logprobs or (), other.logprobs or (), strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert [value for _, value in a.top] == pytest.approx([value for _, value in b.top], abs=1e-4)
+
+
 def test_captured_steps_give_the_same_answers(folder, monkeypatch):
-    """Batches that need padding, requests that ask for more than a token and others that do not, and grammars."""
+    """Batches that need padding, requests that ask for more than a token and others that do not, and grammars; prompts
+    that come in chunks, beside decodes and without, and prefixes that are found."""
     formats = pytest.importorskip("minisgl.structured")
     pytest.importorskip("llguidance")
     plain = {"temperature": 1.0, "seed": 3, "max_tokens": 24, "ignore_eos": True}
@@ -47,17 +63,63 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
         SamplingParams(**{**plain, "ignore_eos": False}, response_format=formats.ResponseFormat(regex="[ab]{30}")),
         SamplingParams(**plain, logit_bias={4: 5.0}),
         SamplingParams(**plain, logprobs=0),
+        SamplingParams(**plain, prompt_logprobs=1),
+        SamplingParams(**{**plain, "max_tokens": 3}),
     ]
-    prompts = [list(range(start, start + 30)) for start in range(len(asked))]
+    lengths = [30, 30, 97, 30, 30, 130, 30, 90]
+    prompts = [[place, *range(start, start + size)] for place, (start, size) in enumerate(enumerate(lengths))]
+    prompts.append(prompts[5][:100])
+    asked.append(SamplingParams(**plain))
     with LLM(folder, **SMALL) as llm:
         expected = llm.generate(prompts, asked)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "TOKENS", (40, 72))
     monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512, engine.group))
     with LLM(folder, **SMALL) as llm:
-        assert llm.generate(prompts, asked) == expected
+        got = llm.generate(prompts, asked)
         keys = llm.core.engine.graphs.keys
-    assert {key.masked for key in keys} == {True, False} and {key.wanted.edits for key in keys} == {True, False}
-    assert len({key.size for key in keys}) > 1 and len({key.wanted.num_top for key in keys}) > 1
+    assert without_logprobs(got) == without_logprobs(expected)
+    assert_logprobs_close(got, expected)
+    assert any(result.usage.cached_tokens for result in got)
+    for kind in ([key for key in keys if key.tokens], [key for key in keys if not key.tokens]):
+        assert {key.masked for key in kind} == {True, False} and {key.wanted.edits for key in kind} == {True, False}
+        assert len({key.wanted.num_top for key in kind}) > 1
+    assert {key.tokens for key in keys} == {0, 40, 72} and len({key.size for key in keys if not key.tokens}) > 1
+
+
+def test_steps_that_no_graph_holds_run_eagerly(folder, monkeypatch):
+    """Too many tokens, too many chunks, prompt tokens that are scored, too many decodes."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 2, engine.group))
+    monkeypatch.setattr(graphs, "CHUNKS", 2)
+    params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
+
+    def keys_of(prompts, params=params):
+        with LLM(folder, **{**SMALL, "max_step_tokens": 512}) as llm:
+            llm.core.engine.graphs.max_tokens = 128
+            assert all(result.error is None for result in llm.generate(prompts, params))
+            return [(key.size, key.tokens) for key in llm.core.engine.graphs.keys]
+
+    short = [[place, *range(9)] for place in range(4)]
+    assert keys_of(short[:2]) == [(4, 32), (2, 0)]
+    assert keys_of(short[:3]) == keys_of(short) == []
+    assert keys_of([list(range(129))]) == [(1, 0)]
+    assert keys_of(short[:1], replace(params, prompt_logprobs=0)) == [(1, 0)]
+
+
+@pytest.mark.gpu
+def test_captured_steps_on_a_gpu(folder):
+    """The second time that a step of a size comes, it is captured; answers stay as they are without graphs."""
+    params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.0)
+    texts = [[(place * 7 + 3 * i) % 200 for i in range(20 + 9 * place)] for place in range(24)]
+    options = {"device": "cuda", "dtype": "float32", "max_running": 6, "max_step_tokens": 256, "cache": "none"}
+    with LLM(folder, **options, max_graph_batch=0) as llm:
+        expected = [result.token_ids for result in llm.generate(texts, params)]
+    with LLM(folder, **options) as llm:
+        for _ in range(2):
+            assert [result.token_ids for result in llm.generate(texts, params)] == expected
+        keys = llm.core.engine.graphs.keys
+    assert len({key.tokens for key in keys}) > 2 and {key.bound for key in keys if key.tokens}
 
 
 @pytest.mark.parametrize("failing", [1, 2, 11])
@@ -76,10 +138,10 @@ def test_a_transfer_that_fails_leaves_no_stale_inputs(folder, monkeypatch, faili
         transfers += 1
         if transfers == failing:
             raise torch.OutOfMemoryError("there")
-        load_decode(*args)
+        update(*args)
 
     with LLM(folder, **{**SMALL, "max_step_tokens": 512}) as llm:
-        load_decode = llm.core.engine.rows.load_decode
-        llm.core.engine.rows.load_decode = transfer
+        update = llm.core.engine.rows.update
+        llm.core.engine.rows.update = transfer
         assert llm.generate(prompts, asked) == expected
     assert transfers > failing

@@ -63,9 +63,9 @@ class Attention:
                 cascade=batch.cascade,
                 out=out[:decoding],
             )
-        if decoding < q.shape[0]:
+        if not batch.decodes_only:
             self.ops.attention_prefill(
-                q[decoding:],
+                q,
                 k_cache,
                 v_cache,
                 batch.page_table,
@@ -75,7 +75,7 @@ class Attention:
                 batch.tiles,
                 scale=self.scale,
                 window=self.window,
-                out=out[decoding:],
+                out=out,
             )
         return self.o(out.flatten(1))
 

@@ -105,21 +105,21 @@ class Decoder:
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Store the batch's keys and values in `kv` and return logits  # [N, V] in the model's dtype."""
-        small = 0 < len(batch.input_ids) == batch.num_decode <= self.stream_borders[-1]
+        small = batch.decodes_only and batch.num_decode <= self.stream_borders[-1]
         return self._decode(batch, kv) if small and batch.cascade is None else self.logits(self.hidden(batch, kv))
 
     def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Store the batch's keys and values in `kv` and return the normed hidden states of `batch.sample_index`
         # [N, hidden], which `logits` reads.
 
-        Only these tokens get past the last attention: nothing reads the others' hidden states after it. `sample_index`
-        ascends, so that it is the identity when it names all tokens (a decode step) and is not applied.
+        Only these tokens get past the last attention: nothing reads the others' hidden states after it. In a step of
+        decodes alone they are all tokens.
         """
         residual = self.embed(batch.input_ids)  # [T, hidden]
         x = self.layers[0].attention_norm(residual)
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
             x = layer.attention(x, batch, keys, values, self.cos_sin)
-            if norm_after is self.norm and batch.sample_index.shape[0] < x.shape[0]:
+            if norm_after is self.norm and not batch.decodes_only:
                 x, residual = (rows.index_select(0, batch.sample_index) for rows in (x, residual))  # [N, hidden]
             x = layer.mlp(layer.mlp_norm(x, residual))
             x = norm_after(x, residual)

@@ -28,13 +28,11 @@ def test_matches_the_reference(device, counts, decodes):
     for i in range(decodes):
         length[rows[i]] = 30 + i
         tokens[rows[i], 30 + i] = 100 + i
-    chunk_ids = torch.randint(0, 1000, (sum(counts) - decodes,), dtype=torch.int32, device=device)
+    ids = torch.randint(0, 1000, (sum(counts),), dtype=torch.int32, device=device)
 
     want_tokens, want_length = tokens.clone(), length.clone()
-    want = prepare_step_reference(
-        rows, starts, offsets, store_from, chunk_ids, decodes, want_tokens, want_length, pages, PAGE
-    )
-    out = prepare_step(rows, starts, offsets, store_from, chunk_ids, decodes, max(counts), tokens, length, pages, PAGE)
+    want = prepare_step_reference(rows, starts, offsets, store_from, ids, want_tokens, want_length, pages, PAGE)
+    out = prepare_step(rows, starts, offsets, store_from, ids, max(counts), tokens, length, pages, PAGE)
 
     assert torch.equal(tokens, want_tokens) and torch.equal(length, want_length)
     for name in ("input_ids", "positions", "slots", "kv_lens"):
@@ -50,8 +48,7 @@ def test_a_decoding_row_goes_on_from_its_length(device):
         ints([-1], device),
         ints([0, 1], device),
         ints([0], device),
-        ints([], device),
-        1,
+        ints([0], device),
         1,
         tokens,
         length,
@@ -63,17 +60,21 @@ def test_a_decoding_row_goes_on_from_its_length(device):
 
 
 @pytest.mark.parametrize("reference", [False, True])
-def test_padding_touches_no_table(device, reference):
+@pytest.mark.parametrize("counts", [[1, 1, 1], [1, 0, 300], [1, 0, 0]])
+def test_padding_touches_no_table(device, reference, counts):
     tokens, length, pages = table(device)
     length[3], tokens[3, 20] = 20, 5
     before = tokens.clone(), length.clone()
-    arguments = (ints([3, -1, -1], device), ints([-1] * 3, device), ints([0, 1, 2, 3], device), ints([0] * 3, device))
+    offsets = ints([0, 1, 1 + counts[1], sum(counts)], device)
+    arguments = (ints([3, -1, -1], device), ints([-1] * 3, device), offsets, ints([0] * 3, device))
+    ids = ints([9] * sum(counts), device)
     if reference:
-        out = prepare_step_reference(*arguments, ints([], device), 3, tokens, length, pages, PAGE)
+        out = prepare_step_reference(*arguments, ids, tokens, length, pages, PAGE)
     else:
-        out = prepare_step(*arguments, ints([], device), 3, 1, tokens, length, pages, PAGE)
-    assert out.input_ids.tolist() == [5, 0, 0] and out.positions.tolist() == [20, 0, 0]
-    assert out.slots[1:].tolist() == [-1, -1] and out.kv_lens.tolist() == [21, 0, 0]
+        out = prepare_step(*arguments, ids, max(counts), tokens, length, pages, PAGE)
+    padding = sum(counts) - 1
+    assert out.input_ids.tolist() == [5] + [0] * padding and out.positions.tolist() == [20] + [0] * padding
+    assert out.slots[1:].tolist() == [-1] * padding and out.kv_lens.tolist() == [21, 0, 0]
     before[1][3] = 21
     assert torch.equal(tokens, before[0]) and torch.equal(length, before[1])
 
@@ -86,7 +87,6 @@ def test_stored_tokens_are_not_stored_again(device):
         ints([0, 1], device),
         ints([32], device),
         ints([5], device),
-        0,
         1,
         tokens,
         length,
@@ -104,8 +104,7 @@ def test_refuses_bad_arguments(device):
             ints([-1], device),
             ints([0], device),
             ints([0], device),
-            ints([], device),
-            1,
+            ints([0], device),
             1,
             tokens,
             length,
@@ -118,8 +117,7 @@ def test_refuses_bad_arguments(device):
             ints([-1], device),
             ints([0, 1], device),
             ints([0], device),
-            ints([], device),
-            1,
+            ints([0], device),
             1,
             tokens,
             length.long(),

@@ -54,7 +54,7 @@ class PagedModel:
             kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
             num_decode=len(decode),
             max_decode_len=max(kv_lens[: len(decode)], default=0),
-            cu_seqlens=(ends - len(decode)).int(),
+            cu_seqlens=ends.int(),
             tiles=torch.from_numpy(tiles),
             sample_index=torch.tensor(sampled, dtype=torch.int32),
             sample_rows=torch.empty(0),  # for the sampler

@@ -46,6 +46,6 @@ def compile_one(
     cache = torch.empty(1, page_size, kv_heads, head_dim, dtype=dtype)
     index = torch.zeros(2, dtype=torch.int32)
     run(
-        q, cache, cache, index[None], index[:1], index, index[:1], index[None],
+        q, cache, cache, index[None], index[:1], index, index[:1], index.repeat(2, 1),
         scale=1.0, window=window, out=torch.empty(q.shape, dtype=dtype),
     )  # fmt: skip

@@ -24,5 +24,5 @@ def compile_one(dtype: torch.dtype, head_dim: int, page_size: int = 64, window: 
     cache = torch.empty(1, page_size, kv_heads, head_dim, dtype=dtype)
     index = torch.zeros(2, dtype=torch.int32)
     out = torch.empty(q.shape, dtype=dtype)
-    pages = cache, cache, index[None], index[:1], index, index[:1], index[None]
+    pages = cache, cache, index[None], index[:1], index, index[:1], index.repeat(2, 1)
     invariant_prefill(q, *pages, scale=1.0, window=window, out=out)

@@ -8,6 +8,4 @@ def launch() -> None:
         return torch.empty(shape, dtype=torch.int32)
 
     for page_size in (16, 32, 64, 128, 256):
-        prepare_step(
-            ints(4), ints(4), ints(5), ints(4), ints(100), 2, 60, ints(8, 512), ints(8), ints(8, 32), page_size
-        )
+        prepare_step(ints(4), ints(4), ints(5), ints(4), ints(100), 60, ints(8, 512), ints(8), ints(8, 32), page_size)
