@@ -69,7 +69,8 @@ class Forward:
 
     def tensors(self) -> list[torch.Tensor]:
         """What the step made, and where."""
-        made = [self.rows, self.positions, self.logits, self.ids, *(self.logprobs or ()), *(self.scored or ()), self.pooled]
+        made = [self.rows, self.positions, self.logits, self.ids, self.pooled]
+        made += [*(self.logprobs or ()), *(self.scored or ())]
         return [x for x in made if x is not None]
 
     def first(self, count: int) -> "Forward":

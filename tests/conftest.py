@@ -14,6 +14,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # workers of pytest-xdist share the cores
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 is_available, visible_devices = torch.cuda.is_available, os.environ.get("CUDA_VISIBLE_DEVICES")
 HAS_GPU = is_available()
 if not HAS_GPU:

@@ -141,7 +141,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 @needs_demo_model
 def test_the_demo_model_talks_and_ctrl_c_does_not_end_it() -> None:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     flags = ["--temperature", "0", "--max-tokens", "1900", "--num-pages", "64"]
     with subprocess.Popen(
         [sys.executable, str(ROOT / "minisgl"), "chat", *flags],

@@ -28,7 +28,7 @@ class RunningServer:
     def __init__(self, *flags: str, launcher: Sequence[str] = (), **variables: str) -> None:
         """`launcher`: of Python programs, with its flags; `process` is that one then."""
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
+        env |= {"PYTHONUNBUFFERED": "1", **variables}
         self.process = subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / "minisgl"), "serve", "--port", "0", "--num-pages", "128", *flags],
             env=env,
