@@ -16,7 +16,7 @@ def launch() -> None:
         memory = PeerMemory([buffer] * num_ranks, rank=1)
         # A compiler treats types and numbers of ranks apart: not each with each.
         for dtype in (torch.bfloat16, torch.float16, torch.float32) if num_ranks == 2 else (torch.bfloat16,):
-            for hidden in (1000, 4096, 5120, 12288) if dtype == torch.bfloat16 else (4096,):
+            for hidden in (1000, 4096, 5120, 12288) if num_ranks == 2 and dtype == torch.bfloat16 else (4096,):
                 x, weight = torch.empty(5, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
                 if memory.holds_at_once(x):
                     sum_and_norm(x, x, weight, 1e-6, memory)

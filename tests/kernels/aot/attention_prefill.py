@@ -12,15 +12,14 @@ from minisgl.kernels.paged import SHARED_MEMORY
 def launch() -> None:
     kernels = {"portable": portable._attention_prefill_kernel}
     for run in (attention_prefill, attention_prefill_portable):  # the same, unless this architecture has its own
-        compile_one(run, torch.bfloat16, 64, page_size=16, heads=7, kv_heads=1)
-        compile_one(run, torch.bfloat16, 80, window=4096)
-        compile_one(run, torch.bfloat16, 128)
+        compile_one(run, torch.bfloat16, 64, page_size=16, window=4096, heads=7, kv_heads=1)
+        compile_one(run, torch.bfloat16, 80)
         compile_one(run, torch.float16, 256, page_size=256)
         for head_dim in (64, 128, 256):
             compile_one(run, torch.float32, head_dim)
     arch = architecture(torch.device("cpu"))
     if arch == "sm_90":
-        for page_size in (16, 32, 256):
+        for page_size in (16, 32, 64, 256):
             compile_one(attention_prefill, torch.bfloat16, 128, page_size)
         compile_one(attention_prefill, torch.float16, 64)
         kernels["sm_90"] = sm90._attention_prefill_sm90

@@ -6,9 +6,8 @@ from minisgl.kernels.paged import SHARED_MEMORY
 
 
 def launch() -> None:
-    compile_one(torch.bfloat16, 64, page_size=16)
-    compile_one(torch.bfloat16, 80, window=4096)
-    compile_one(torch.bfloat16, 128)
+    compile_one(torch.bfloat16, 64, page_size=16, window=4096)
+    compile_one(torch.bfloat16, 80)
     compile_one(torch.float16, 256)
     for head_dim in (64, 128, 256):
         compile_one(torch.float32, head_dim)

@@ -5,7 +5,7 @@ from minisgl.kernels.rms_norm import rms_norm
 
 def launch() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for hidden in (256, 1000, 1024, 4096, 5120, 8192):
+        for hidden in (256, 1000, 1024, 4096, 5120, 8192) if dtype == torch.bfloat16 else (1000,):
             x, weight = torch.empty(4, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
             rms_norm(x, weight, 1e-6)
             rms_norm(x, weight, 1e-6, torch.empty_like(x))
