@@ -89,7 +89,7 @@ class TransformersEngine:
             config = self._batching(**sizes, **asked)
             try:
                 manager = self.model.init_continuous_batching(self._sampling, config, workload_hints=hints)
-                self._attention = self.model.config._attn_implementation
+                self._attention = self.model.config._attn_implementation.removeprefix("paged|")
                 return manager
             except Exception as error:  # whatever a missing kernel raises: offline, no build for this torch, ...
                 if not switch:

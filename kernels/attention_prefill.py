@@ -300,7 +300,7 @@ def attention_prefill(
         tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
         index = page_table, rows, cu_seqlens, kv_lens
         result = attention_prefill_reference(q, k_cache, v_cache, *index, scale=scale, window=window)
-        out[tokens] = result[tokens]
+        out[tokens].copy_(result[tokens])
         return
     if tiles.shape[0] == 1:
         return

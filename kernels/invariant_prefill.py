@@ -114,7 +114,7 @@ def invariant_prefill(
     if not use_triton(q):
         tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
         result = invariant_attention_reference(q, k_cache, v_cache, *index, scale=scale, window=window)
-        out[tokens] = result[tokens]
+        out[tokens].copy_(result[tokens])
         return
     if tiles.shape[0] == 1:
         return

@@ -22,6 +22,8 @@ if not HAS_GPU:
 
 from minisgl.kernels import launch  # noqa: E402
 
+GPU_BYTES_OF_A_WORKER = 5 << 30  # what a process takes beside the largest tests
+
 launch.INTERPRET = False  # fixtures of modules run before `_kernel_path`
 if not HAS_GPU:
     from tests import interpreter
@@ -33,6 +35,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int | None:
+    """Of `-n auto` on a machine with a GPU: as many as it has cores, and as the GPU's memory holds."""
+    if not HAS_GPU:
+        return None  # pytest-xdist's own choice
+    return max(1, min(os.cpu_count() or 1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES_OF_A_WORKER))
+
+
+@pytest.hookimpl(trylast=True)  # after fixtures of any scope
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Leave the GPU's memory to other workers."""
+    if HAS_GPU and item.get_closest_marker("gpu") and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures of any scope
