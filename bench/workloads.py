@@ -1,6 +1,7 @@
 """What the engine benches run: token-id prompts and output lengths, drawn with a fixed seed or read from a file.
 
-mini           256 requests, 100..1024 tokens in and out, uniform
+mini           256 requests, 100..1024 tokens in and out, uniform; of another number, such as more than run at once:
+               mini1024
 single         1 request, 128 in, 512 out
 prefill        64 requests, 2048 in, 1 out
 shared_prefix  8 groups of 64 requests: 2048 tokens shared by the group and 128 of their own in, 128 out, shuffled
@@ -27,6 +28,7 @@ from minisgl.tokenizer import Tokenizer
 MAX_ID = 10_000
 FILE_OUTPUT_LEN = 128  # of a file's rows that name no max_tokens
 TEMPERATURE = 0.6
+MINI = re.compile(r"mini([1-9]\d*)")
 SHAPE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?")
 SHAPE_REQUESTS = 256
 
@@ -50,9 +52,9 @@ def _ids(rng: Random, count: int) -> list[int]:
     return [rng.randint(0, MAX_ID) for _ in range(count)]
 
 
-def mini(seed: int = 0) -> Workload:
+def mini(seed: int = 0, batch: int = 256) -> Workload:
     rng = Random(seed)
-    prompts = [_ids(rng, rng.randint(100, 1024)) for _ in range(256)]
+    prompts = [_ids(rng, rng.randint(100, 1024)) for _ in range(batch)]
     return Workload(prompts, [rng.randint(100, 1024) for _ in prompts])
 
 
@@ -109,6 +111,8 @@ def load(name: str, model: Path | Encoder, vocab_size: int) -> Workload:
     """
     if name in WORKLOADS:
         return fold(WORKLOADS[name](0), vocab_size)
+    if number := MINI.fullmatch(name):
+        return fold(mini(batch=int(number[1])), vocab_size)
     if shape := SHAPE.fullmatch(name):
         input_len, output_len, batch = (int(number or SHAPE_REQUESTS) for number in shape.groups())
         if not input_len * output_len * batch:

@@ -24,7 +24,8 @@ workload_option = click.option(
     default="mini",
     show_default=True,
     metavar="WORKLOAD",
-    help="mini, single, prefill, shared_prefix, a shape such as 512x128, or a file of JSON lines.",
+    help="mini (mini1024: of more requests), single, prefill, shared_prefix, a shape such as 512x128, or a file of "
+    "JSON lines.",
 )
 baseline_option = click.option(
     "--baseline",

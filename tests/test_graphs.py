@@ -112,7 +112,8 @@ def test_captured_steps_on_a_gpu(folder):
     """The second time that a step of a size comes, it is captured; answers stay as they are without graphs."""
     params = SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.0)
     texts = [[(place * 7 + 3 * i) % 200 for i in range(20 + 9 * place)] for place in range(24)]
-    options = {"device": "cuda", "dtype": "float32", "max_running": 6, "max_step_tokens": 256, "cache": "none"}
+    options = {"device": "cuda", "dtype": "float32", "max_running": 6, "num_pages": 64, "cache": "none"}
+    options["max_step_tokens"] = 256
     with LLM(folder, **options, max_graph_batch=0) as llm:
         expected = [result.token_ids for result in llm.generate(texts, params)]
     with LLM(folder, **options) as llm:

@@ -47,6 +47,12 @@ def test_uniform_shares_nothing() -> None:
     assert len({prompt[0] for prompt in work.prompts}) == 4
 
 
+def test_a_longer_queue() -> None:
+    work = load("mini300", MODEL_PATH, BIG_VOCAB)
+    assert len(work.prompts) == len(work.output_lens) == 300
+    assert work.prompts[:256] == load("mini", MODEL_PATH, BIG_VOCAB).prompts
+
+
 def test_a_shape() -> None:
     assert load("16x4x3", MODEL_PATH, BIG_VOCAB) == uniform(3, 16, 4)
     assert len(load("16x4", MODEL_PATH, BIG_VOCAB).prompts) == 256
