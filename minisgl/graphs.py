@@ -40,8 +40,7 @@ BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, *range(32, 256, 32), *range(256, 512, 64)
 # once.
 CONTEXT_BOUNDS = (1024, 8192, 32768, 131072, 1 << 30)
 
-
-# A step with chunks is padded to so many tokens, which cost as much as others do; one with more runs eagerly: there the
+# A step with chunks is padded to so many tokens, which cost as much as others do. One with more runs eagerly: there the
 # device takes longer than the host.
 TOKENS = (32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))
 # It samples for a number of rows that few graphs cover, and has room for so many chunks.
@@ -82,7 +81,8 @@ class StepGraphs:
     ) -> None:
         self.rows = rows
         self.max_batch = max_batch
-        self.max_tokens = TOKENS[-1]
+        # Several ranks exchange sums of so many tokens through NCCL, which no graph has captured yet.
+        self.max_tokens = TOKENS[-1] if group.size == 1 else 0
         self._forward = forward
         self._group = group
         self._max_rows, self._max_len = rows.tokens.shape
@@ -162,6 +162,7 @@ class StepGraphs:
             self._seen_once.add(key)
             return False
         inputs = self._new_inputs(key)
+        self._cascade_in.zero_()
         self._forget_inputs()
         graph, made = None, None
         try:
@@ -191,10 +192,10 @@ class StepGraphs:
         return torch.from_numpy(np.concatenate(list(padding.values()))).to(self.rows.device)
 
     def _batch(self, key: Key, inputs: torch.Tensor) -> Batch:
-        """What a graph runs."""
+        """What a graph runs: it reads the inputs, and leaves them as they are."""
         cascade = None
         if key.tile_members:
-            packed = self._cascade_in[: packed_length(key.size, key.tile_members)].zero_()
+            packed = self._cascade_in[: packed_length(key.size, key.tile_members)]
             cascade = CascadeTiles.unpack(packed, key.size, key.tile_members)
         if not key.tokens:
             return self.rows.decode_batch(inputs, key.bound, cascade)

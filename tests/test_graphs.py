@@ -7,6 +7,7 @@ import torch
 
 from minisgl import LLM, SamplingParams, graphs
 from minisgl.engine import Engine
+from minisgl.forward import NOTHING_MORE
 from minisgl.graphs import Captured, Key, StepGraphs
 from tests.tiny_models import make
 
@@ -105,6 +106,21 @@ def test_steps_that_no_graph_holds_run_eagerly(folder, monkeypatch):
     assert keys_of(short[:3]) == keys_of(short) == []
     assert keys_of([list(range(129))]) == [(1, 0)]
     assert keys_of(short[:1], replace(params, prompt_logprobs=0)) == [(1, 0)]
+
+
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_what_is_captured_leaves_the_inputs_as_they_are(folder, monkeypatch, tokens):
+    """Else a replay would read other tiles of a shared prefix than it was given."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    with LLM(folder, **SMALL) as llm:
+        made = graphs.StepGraphs(llm.core.engine.rows, llm.core.engine.run_key, 4, llm.core.engine.group)
+        key = Key(size=4, bound=64, tile_members=2, wanted=NOTHING_MORE, masked=False, tokens=tokens)
+        inputs = made._new_inputs(key)
+        made._cascade_in.fill_(7)
+        before = inputs.clone()
+        batch = made._batch(key, inputs)
+    assert torch.equal(inputs, before) and (made._cascade_in == 7).all()
+    assert (batch.cascade.shared_splits == 7).all() and batch.decodes_only == (not tokens)
 
 
 @pytest.mark.gpu
