@@ -16,7 +16,7 @@ Knows steps and the row table. Does not know models.
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -51,6 +51,12 @@ CHUNKS = 64
 def padded_size(batch: int) -> int:
     """The size of the graph that holds a batch."""
     return BATCH_SIZES[bisect_left(BATCH_SIZES, batch)] if batch <= BATCH_SIZES[-1] else batch
+
+
+def _below(sizes: Sequence[int], size: int) -> int:
+    """The largest of ascending sizes that is smaller; 0 if none is."""
+    place = bisect_left(sizes, size)
+    return sizes[place - 1] if place else 0
 
 
 class Key(NamedTuple):
@@ -175,10 +181,10 @@ class StepGraphs:
                 raise  # the run before the capture exchanges: other ranks would wait in it
         if not self._group.min(int(made is not None)) or graph is None or made is None:
             if key.tokens:
-                self.max_tokens = key.tokens - 1
+                self.max_tokens = _below(TOKENS, key.tokens)
                 log.warning("no memory to capture steps of %d tokens: they run eagerly, slower", key.tokens)
             else:
-                self.max_batch = key.size - 1
+                self.max_batch = _below(BATCH_SIZES, key.size)
                 log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
             return False
         self._graphs[key] = Captured(graph, made, inputs)

@@ -108,6 +108,34 @@ def test_steps_that_no_graph_holds_run_eagerly(folder, monkeypatch):
     assert keys_of(short[:1], replace(params, prompt_logprobs=0)) == [(1, 0)]
 
 
+def test_without_memory_for_a_capture_steps_run_eagerly(folder, monkeypatch, caplog):
+    """One line for each size that is tried, no wrong token, and none is tried again."""
+    prompts = [list(range(start, start + 30)) for start in range(6)]
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0.0)
+    with LLM(folder, **SMALL) as llm:
+        expected = llm.generate(prompts, params)
+
+    def no_memory(*args, **options):
+        raise torch.OutOfMemoryError("there")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", no_memory)
+
+    def new_graphs(engine):
+        return graphs.StepGraphs(engine.rows, engine.run_key, 512, engine.group)
+
+    monkeypatch.setattr(Engine, "_new_graphs", new_graphs)
+    with LLM(folder, **SMALL, cache="none") as llm:
+        for _ in range(3):  # a step with chunks is captured when it comes again
+            assert llm.generate(prompts, params) == expected
+        left = llm.core.engine.graphs
+        assert left.keys == [] and left.max_batch == 1 and left.max_tokens == 32
+    lines = [record.getMessage() for record in caplog.records if "no memory to capture" in record.getMessage()]
+    sizes = ("steps of 64 tokens", "decode steps of 4 rows", "decode steps of 2 rows")
+    assert lines == [f"no memory to capture {size}: they run eagerly, slower" for size in sizes]
+
+
 @pytest.mark.parametrize("tokens", [0, 64])
 def test_what_is_captured_leaves_the_inputs_as_they_are(folder, monkeypatch, tokens):
     """Else a replay would read other tiles of a shared prefix than it was given."""
