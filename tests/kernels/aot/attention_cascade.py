@@ -12,9 +12,10 @@ def launch() -> None:
     compile_one(torch.bfloat16, 64, page_size=16)
     compile_one(torch.bfloat16, 128)
     compile_one(torch.float16, 256, page_size=256, heads=7, kv_heads=1)
-    compile_one(torch.float32, 64)
-    compile_one(torch.float32, 256)
-    compile_one(torch.bfloat16, 128, page_size=256, heads=24, kv_heads=1)
+    for head_dim in (64, 128, 256):
+        compile_one(torch.float32, head_dim)
+    for group in (24, 64):
+        compile_one(torch.bfloat16, 128, page_size=256, heads=group, kv_heads=1)
 
 
 def compile_one(dtype: torch.dtype, head_dim: int, page_size: int = 64, heads: int = 32, kv_heads: int = 8) -> None:
