@@ -36,6 +36,7 @@ from minisgl.kernels.paged import (
     load_block,
     load_page_ids,
     online_softmax,
+    write_chunks,
 )
 
 
@@ -297,10 +298,9 @@ def attention_prefill(
     check_index("cu_seqlens", cu_seqlens, q.device, (rows.shape[0] + 1,))
     check_index("tiles", tiles, q.device, (None, 2))
     if not use_triton(q):
-        tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
         index = page_table, rows, cu_seqlens, kv_lens
         result = attention_prefill_reference(q, k_cache, v_cache, *index, scale=scale, window=window)
-        out[tokens].copy_(result[tokens])
+        write_chunks(out, result, cu_seqlens)
         return
     if tiles.shape[0] == 1:
         return

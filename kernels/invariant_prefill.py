@@ -20,7 +20,7 @@ from minisgl.kernels.invariant_attention import (
     tile_of,
 )
 from minisgl.kernels.launch import use_triton
-from minisgl.kernels.paged import LOG2_E, check_attention, check_index
+from minisgl.kernels.paged import LOG2_E, check_attention, check_index, write_chunks
 
 
 # The index tensors are slices of one upload: their alignment changes from step to step and must not recompile.
@@ -112,9 +112,8 @@ def invariant_prefill(
     check_index("tiles", tiles, q.device, (None, 2))
     index = page_table, rows, cu_seqlens, kv_lens
     if not use_triton(q):
-        tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
         result = invariant_attention_reference(q, k_cache, v_cache, *index, scale=scale, window=window)
-        out[tokens].copy_(result[tokens])
+        write_chunks(out, result, cu_seqlens)
         return
     if tiles.shape[0] == 1:
         return

@@ -31,6 +31,12 @@ SHARED_MEMORY = {
 }
 
 
+def write_chunks(out: torch.Tensor, result: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+    """Copy the tokens of `result` that belong to a chunk to `out`, both  # [T, H, D]; the others stay as they are."""
+    tokens = slice(int(cu_seqlens[0]), int(cu_seqlens[-1]))
+    out[tokens].copy_(result[tokens])
+
+
 @triton.jit
 def load_page_ids(table_row, start, end, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Pages of keys start..start+BLOCK_N-1: one id if a page holds them all, else [BLOCK_N]; 0 for keys past `end`."""

@@ -242,7 +242,7 @@ def _add_prompt_logprobs(step: Step, scored: HostLogprobs) -> None:
 
 def _add_hidden_sums(step: Step, pooled: npt.NDArray[np.float32]) -> None:
     """Give the requests that ask for an embedding what a step adds to it; a first chunk begins anew."""
-    pools = [chunk for chunk in step.chunks if chunk.pooled[0] < chunk.pooled[1]]
+    pools = [chunk for chunk in step.chunks if chunk.pools]
     for chunk, hidden_sum in zip(pools, pooled, strict=True):
         request, (first, last) = chunk.request, chunk.pooled
         if request.pooling == "last" or first == 0:

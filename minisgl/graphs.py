@@ -134,17 +134,17 @@ class StepGraphs:
 
     def _key(self, step: Step, wanted: Wanted, masked: bool) -> Key | None:
         """Of the graph that holds a step; None if none does."""
-        batch, tokens, sampled = len(step.decodes), 0, len(step.sampled)
+        batch, tokens, sampled = len(step.decodes), 0, step.sampled
         if batch > self.max_batch:
             return None
         size = padded_size(batch)
         if step.chunks:
-            keeps = any(chunk.pooled[0] < chunk.pooled[1] or chunk.scored[0] < chunk.scored[1] for chunk in step.chunks)
-            if keeps or step.num_tokens > self.max_tokens or sampled > SAMPLES[-1] or len(step.chunks) > CHUNKS:
+            keeps = any(chunk.pools or chunk.scores for chunk in step.chunks)
+            if keeps or step.num_tokens > self.max_tokens or len(sampled) > SAMPLES[-1] or len(step.chunks) > CHUNKS:
                 return None
             tokens = TOKENS[bisect_left(TOKENS, step.num_tokens)]
-            size = min(SAMPLES[bisect_left(SAMPLES, sampled)], padded_size(self._max_rows), tokens)
-        longest = max((request.length for request in step.sampled), default=0)
+            size = min(SAMPLES[bisect_left(SAMPLES, len(sampled))], padded_size(self._max_rows), tokens)
+        longest = max((request.length for request in sampled), default=0)
         return Key(
             size=size,
             bound=min(CONTEXT_BOUNDS[bisect_left(CONTEXT_BOUNDS, longest)], self._max_len),

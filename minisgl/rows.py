@@ -120,7 +120,6 @@ class RowTable:
             "store_from": zeros,
             "ids": zeros,
             "tiles": self._zeros[:2],
-            "sample_sequence": places,
             "sample_index": places,
         }
         return replace(self.batch(packed, size, max_len, 1), cascade=cascade)

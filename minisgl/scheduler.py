@@ -43,6 +43,14 @@ class Chunk:
             return self.start, end
         return (end - 1, end) if self.request.pooling == "last" and self.samples else (end, end)
 
+    @property
+    def pools(self) -> bool:
+        return self.pooled[0] < self.pooled[1]
+
+    @property
+    def scores(self) -> bool:
+        return self.scored[0] < self.scored[1]
+
 
 @dataclass
 class Step:

@@ -24,7 +24,7 @@ def run_ranks(script, size, folder, *arguments, timeout_s=240, environment=()):
     processes = []
     try:
         for rank in range(size):
-            own = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            own = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
             inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
             command = [sys.executable, "-m", "tests.ranks", script, str(folder / f"{rank}.pt"), *map(str, arguments)]

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from minisgl import LLM, SamplingParams
-from minisgl.engine import Engine
 from minisgl.kernels.invariant_matmul import invariant_matmul
 from minisgl.kernels.rms_norm import rms_norm
 from minisgl.kernels.silu_mul import silu_mul
 from minisgl.layers.ops import INVARIANT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
-from tests.test_graphs import Replayed
+from tests.test_graphs import Replayed, use_graphs
 from tests.tiny_models import VOCAB_SIZE, make
 
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
@@ -108,8 +107,7 @@ def test_however_it_runs(folder, device, alone, options):
 
 def test_captured_steps(folder, device, alone, monkeypatch):
     if device == "cpu":
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(Engine, "_new_graphs", lambda self: Replayed(self.rows, self.run_key, 512, self.group))
+        use_graphs(monkeypatch, Replayed)
     assert_same(run(folder, device, CROWD, graphs=True), alone)
 
 

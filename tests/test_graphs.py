@@ -33,6 +33,16 @@ class Replayed(StepGraphs):
         return True
 
 
+def use_graphs(monkeypatch, kind, max_batch=512):
+    """Let engines on a CPU make graphs too."""
+
+    def new_graphs(engine):
+        return kind(engine.rows, engine.run_key, max_batch, engine.group)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(Engine, "_new_graphs", new_graphs)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make("qwen3", tmp_path_factory.mktemp("qwen3"))
@@ -73,9 +83,8 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
     asked.append(SamplingParams(**plain))
     with LLM(folder, **SMALL) as llm:
         expected = llm.generate(prompts, asked)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    use_graphs(monkeypatch, Replayed)
     monkeypatch.setattr(graphs, "TOKENS", (40, 72))
-    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512, engine.group))
     with LLM(folder, **SMALL) as llm:
         got = llm.generate(prompts, asked)
         keys = llm.core.engine.graphs.keys
@@ -90,8 +99,7 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
 
 def test_steps_that_no_graph_holds_run_eagerly(folder, monkeypatch):
     """Too many tokens, too many chunks, prompt tokens that are scored, too many decodes."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 2, engine.group))
+    use_graphs(monkeypatch, Replayed, max_batch=2)
     monkeypatch.setattr(graphs, "CHUNKS", 2)
     params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
 
@@ -118,14 +126,9 @@ def test_without_memory_for_a_capture_steps_run_eagerly(folder, monkeypatch, cap
     def no_memory(*args, **options):
         raise torch.OutOfMemoryError("there")
 
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    use_graphs(monkeypatch, StepGraphs)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", no_memory)
-
-    def new_graphs(engine):
-        return graphs.StepGraphs(engine.rows, engine.run_key, 512, engine.group)
-
-    monkeypatch.setattr(Engine, "_new_graphs", new_graphs)
     with LLM(folder, **SMALL, cache="none") as llm:
         for _ in range(3):  # a step with chunks is captured when it comes again
             assert llm.generate(prompts, params) == expected
@@ -139,9 +142,9 @@ def test_without_memory_for_a_capture_steps_run_eagerly(folder, monkeypatch, cap
 @pytest.mark.parametrize("tokens", [0, 64])
 def test_what_is_captured_leaves_the_inputs_as_they_are(folder, monkeypatch, tokens):
     """Else a replay would read other tiles of a shared prefix than it was given."""
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    use_graphs(monkeypatch, StepGraphs)
     with LLM(folder, **SMALL) as llm:
-        made = graphs.StepGraphs(llm.core.engine.rows, llm.core.engine.run_key, 4, llm.core.engine.group)
+        made = llm.core.engine.graphs
         key = Key(size=4, bound=64, tile_members=2, wanted=NOTHING_MORE, masked=False, tokens=tokens)
         inputs = made._new_inputs(key)
         made._cascade_in.fill_(7)
@@ -174,8 +177,7 @@ def test_a_transfer_that_fails_leaves_no_stale_inputs(folder, monkeypatch, faili
     asked = [SamplingParams(temperature=1.0, seed=seed, max_tokens=6 + 2 * seed, ignore_eos=True) for seed in range(6)]
     with LLM(folder, **SMALL) as llm:
         expected = llm.generate(prompts, asked)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(Engine, "_new_graphs", lambda engine: Replayed(engine.rows, engine.run_key, 512, engine.group))
+    use_graphs(monkeypatch, Replayed)
     transfers = 0
 
     def transfer(*args):
