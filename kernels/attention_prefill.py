@@ -16,8 +16,6 @@ attention_prefill_sm90.py; the one here runs everywhere.
 Source: Dao, "FlashAttention-2", 2023; Kwon et al., "PagedAttention", 2023.
 """
 
-from functools import cache
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minisgl.kernels.launch import architecture, next_power_of_2, use_triton
+from minisgl.kernels.launch import architecture, hopper_module, next_power_of_2, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
@@ -260,16 +258,6 @@ def _attention_prefill_kernel(
     tl.store(out_ptr + tokens[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM + dims[None, :], out, mask=q_mask)
 
 
-@cache
-def _hopper() -> ModuleType | None:
-    """The module of the sm_90 kernel; None where Triton has no Gluon, or one with other names than those it knows."""
-    try:
-        from minisgl.kernels import attention_prefill_sm90
-    except (ImportError, AttributeError):
-        return None
-    return attention_prefill_sm90
-
-
 def attention_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -306,7 +294,7 @@ def attention_prefill(
         return
 
     arguments = (q, k_cache, v_cache, page_table, rows, cu_seqlens, kv_lens, tiles)
-    hopper = _hopper() if architecture(q.device) == "sm_90" else None
+    hopper = hopper_module("attention_prefill_sm90", q.device)
     if hopper is not None and hopper.fits(q, k_cache, v_cache, window):
         hopper.attention_prefill_sm90(*arguments, scale=scale, out=out)
     else:

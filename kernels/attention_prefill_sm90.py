@@ -35,24 +35,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from minisgl.kernels.hopper import Address, async_load, barrier, reinterpret
 from minisgl.kernels.launch import num_multiprocessors
 from minisgl.kernels.paged import LOG2_E
-
-# Gluon renames as it settles; first the name in Triton 3.6, then the one in 3.9.
-if hasattr(gl, "thread_barrier"):
-    _async_load = tma.async_copy_global_to_shared
-    _barrier = gl.thread_barrier
-    _reinterpret = gl.shared_memory_descriptor._reinterpret
-else:
-    _async_load = tma.async_load
-    _barrier = gl.barrier
-    _reinterpret = gl.shared_memory_descriptor.reinterpret
 
 BLOCK_M = gl.constexpr(128)  # queries of a tile: two consumer groups of 64, the rows of one wgmma
 BLOCK_N = gl.constexpr(128)  # keys of a block
@@ -184,7 +174,7 @@ def _load_block(
     NUM_COLUMNS: gl.constexpr = HEAD_DIM // BOX_DIMS
     # The same bytes as [buffer, column of boxes, box]: a swizzled buffer has 64 dims of all its rows, then the next 64.
     shape: gl.constexpr = [NUM_BUFFERS * NUM_COLUMNS * NUM_BOXES, 1, BOX, BOX_DIMS]
-    boxes = _reinterpret(ring.data, desc.dtype, shape, BOX_LAYOUT)
+    boxes = reinterpret(ring.data, desc.dtype, shape, BOX_LAYOUT)
     buffer = turn % NUM_BUFFERS
     full = ring.full.index(buffer)
     _wait_empty(ring, turn)
@@ -194,7 +184,7 @@ def _load_block(
         slot = (box_start % PAGE_SIZE if BOX < PAGE_SIZE else 0) + _box_shift(box_start, kv_len, BOX)
         for i in gl.static_range(NUM_COLUMNS):
             target = boxes.index((buffer * NUM_COLUMNS + i) * NUM_BOXES + box)
-            _async_load(desc, [pages[box], slot, column + i * BOX_DIMS], full, target)
+            async_load(desc, [pages[box], slot, column + i * BOX_DIMS], full, target)
 
 
 @gluon.jit
@@ -229,7 +219,7 @@ def _produce(
         for group in gl.static_range(2):
             first = work.token + group * (BLOCK_M // 2)
             target = q_ring.data.index(2 * buffer + group)
-            _async_load(q_desc, [first, work.head * HEAD_DIM], q_ring.full.index(buffer), target)
+            async_load(q_desc, [first, work.head * HEAD_DIM], q_ring.full.index(buffer), target)
 
         for i in range(work.num_blocks):
             pages = next_pages
@@ -390,7 +380,7 @@ def _attention_prefill_sm90(
     k_ring = _allocate_ring([STAGES, BLOCK_N, HEAD_DIM], dtype, STAGES)
     v_ring = _allocate_ring([STAGES, BLOCK_N, HEAD_DIM], dtype, STAGES)
     fence_async_shared()
-    _barrier()
+    barrier()
     index = Index(rows_ptr, cu_seqlens_ptr, kv_lens_ptr, tiles_ptr, num_turns)
     gl.warp_specialize(
         [
@@ -418,16 +408,6 @@ def _attention_prefill_sm90(
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
-
-
-class Address(NamedTuple):
-    """All that a descriptor asks of its tensor. Keeping a tensor would keep its memory."""
-
-    pointer: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.pointer
 
 
 @lru_cache(maxsize=1024)  # 5 us each, and every layer has the same two in every step

@@ -5,6 +5,8 @@ Knows: devices and Triton's interpreter. Knows nothing of any kernel.
 
 import os
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -31,6 +33,18 @@ def architecture(device: torch.device) -> str:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@cache
+def hopper_module(name: str, device: torch.device) -> ModuleType | None:
+    """The module of a kernel in Gluon for sm_90; None for another device, and where Triton has no Gluon, or one with
+    other names than those it knows."""
+    if architecture(device) != "sm_90":
+        return None
+    try:
+        return import_module(f"minisgl.kernels.{name}")
+    except (ImportError, AttributeError):
+        return None
 
 
 @cache

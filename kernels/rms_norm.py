@@ -3,7 +3,8 @@
     residual = residual + x                              (when a residual is given; written in place)
     y = weight * residual / sqrt(mean(residual^2) + eps)
 
-Legend: T tokens, D hidden size. x, residual, y  # [T, D]; weight  # [D].
+Legend: T tokens, D hidden size. x, residual, y  # [T, D]; weight  # [D]. x may come in S parts  # [S, T, D] fp32, as a
+matmul leaves them that split its inputs (`matmul_sm90`): their sum, rounded, is x.
 Bound by memory: 2 reads and 2 writes of [T, D] with the residual, 1 and 1 without.
 One program normalises one row, so a row's result does not depend on its neighbours. Sums are fp32; the sum and the
 normalised value are rounded to x's dtype before they are used on, as transformers does.
@@ -21,7 +22,9 @@ from minisgl.kernels.launch import check_same, next_power_of_2, use_triton
 def rms_norm_reference(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The same in torch; x, residual  # [T, D]; weight  # [D]. Updates `residual` in place."""
+    """The same in torch; x  # [T, D] or [S, T, D], residual  # [T, D], weight  # [D]. Updates `residual` in place."""
+    if x.dim() == 3:
+        x = x.sum(0).to(weight.dtype)
     if residual is not None:
         x = residual.add_(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -36,12 +39,14 @@ def _rms_norm_kernel(
     weight_ptr,
     residual_ptr,
     y_ptr,
+    part_stride,
     x_stride,
     residual_stride,
     y_stride,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -50,6 +55,10 @@ def _rms_norm_kernel(
     mask = cols < HIDDEN
     wait_for_previous_kernel(PDL)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
+    if PARTS > 1:
+        for part in tl.static_range(1, PARTS):
+            x += tl.load(x_ptr + part * part_stride + row * x_stride + cols, mask=mask, other=0.0)
+        x = x.to(y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         residual_row = residual_ptr + row * residual_stride + cols
         x = (x.to(tl.float32) + tl.load(residual_row, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
@@ -62,28 +71,33 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first.
+    """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first. Instead of x its
+    parts  # [S, T, D] fp32, S > 1.
 
-    Returns y  # [T, D] in x's dtype. Raises ValueError for a wrong shape, stride, dtype or device.
+    Returns y  # [T, D] in weight's dtype, which x without parts has too. Raises ValueError for a wrong shape, stride,
+    dtype or device.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected [T, D], got {list(x.shape)}")
-    if x.stride(1) != 1:
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected [T, D] or [S, T, D], got {list(x.shape)}")
+    if x.stride(-1) != 1:
         raise ValueError("x: last dimension must be contiguous")
-    if weight.shape != x.shape[1:]:
-        raise ValueError(f"weight: expected [{x.shape[1]}], got {list(weight.shape)}")
-    check_same("weight", weight, device=x.device, dtype=x.dtype)
+    parts = x.shape[0] if x.dim() == 3 else 1
+    if x.dim() == 3 and parts < 2:
+        raise ValueError(f"x: expected at least 2 parts, got {parts}")
+    tokens, hidden = x.shape[-2:]
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected [{hidden}], got {list(weight.shape)}")
+    check_same("x", x, device=weight.device, dtype=torch.float32 if parts > 1 else weight.dtype)
     if residual is not None:
-        if residual.shape != x.shape:
-            raise ValueError(f"residual: expected {list(x.shape)}, got {list(residual.shape)}")
+        if residual.shape != x.shape[-2:]:
+            raise ValueError(f"residual: expected {[tokens, hidden]}, got {list(residual.shape)}")
         if residual.stride(1) != 1:
             raise ValueError("residual: last dimension must be contiguous")
-        check_same("residual", residual, device=x.device, dtype=x.dtype)
+        check_same("residual", residual, device=weight.device, dtype=weight.dtype)
     if not use_triton(x):
         return rms_norm_reference(x, weight, eps, residual)
 
-    tokens, hidden = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty(tokens, hidden, dtype=weight.dtype, device=x.device)
     if tokens == 0:
         return y
     block = next_power_of_2(hidden)
@@ -92,12 +106,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
         weight,
         residual,
         y,
-        x.stride(0),
+        x.stride(0) if parts > 1 else 0,
+        x.stride(-2),
         residual.stride(0) if residual is not None else 0,
         y.stride(0),
         eps,
         HIDDEN=hidden,
         BLOCK=block,
+        PARTS=parts,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: one or two 16-byte loads
         **dependent_launch(x.device),

@@ -43,8 +43,8 @@ class Attention:
         v_cache: torch.Tensor,
         cos_sin: torch.Tensor,
     ) -> torch.Tensor:
-        """x  # [T, hidden] -> this rank's part of [T, hidden]. Stores the keys and values of the batch in this layer's
-        k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
+        """x  # [T, hidden] -> this rank's part of [T, hidden], or parts of it. Stores the keys and values of the batch
+        in this layer's k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
         qkv = self.qkv(x)
         out = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, self._rotary(cos_sin))

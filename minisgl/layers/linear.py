@@ -25,6 +25,10 @@ class Linear:
         """x  # [T, I] -> [T, O]."""
         return self.ops.linear(x, self.weight, self.bias)
 
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """x  # [T, I] -> silu(first half of y) * second half  # [T, O / 2]."""
+        return self.ops.gated(x, self.weight, self.bias)
+
     def of_stream(self, stream: Stream, *, gated: bool = False) -> torch.Tensor:
         """The stream normed, times the weight  # [M, D] -> [M, O], or [M, O / 2] behind a gate; M is small."""
         return normed_matmul(stream, self.weight, self.bias, gated=gated)
@@ -52,8 +56,10 @@ class SummedLinear:
         self.bias = empty(out_features) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x  # [T, I] -> this rank's part of y  # [T, O]; the norm that reads y adds the parts up."""
-        return self.ops.linear(x, self.weight, self.bias)
+        """x  # [T, I] -> this rank's part of y  # [T, O], or, of one rank alone, parts  # [S, T, O] fp32; the norm that
+        reads y adds the parts up."""
+        multiply = self.ops.linear_parts if self.group.size == 1 else self.ops.linear
+        return multiply(x, self.weight, self.bias)
 
     def into_stream(self, stream: Stream, x: torch.Tensor, norm: RMSNorm) -> Stream:
         """Add y of x  # [M, I] to the stream, which `norm` reads next; M is small."""

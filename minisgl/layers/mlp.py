@@ -2,7 +2,6 @@
 
 import torch
 
-from minisgl.kernels.silu_mul import silu_mul
 from minisgl.kernels.skinny_matmul import Stream
 from minisgl.layers import Empty, Target
 from minisgl.layers.linear import Linear, SummedLinear
@@ -22,8 +21,8 @@ class MLP:
         self.down = SummedLinear(empty, shard.mlp, "down_proj", hidden, group, ops, bias=bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x  # [T, hidden] -> this rank's part of [T, hidden]."""
-        return self.down(silu_mul(self.gate_up(x)))
+        """x  # [T, hidden] -> this rank's part of [T, hidden], or parts of it."""
+        return self.down(self.gate_up.gated(x))
 
     def decode(self, stream: Stream, norm_after: RMSNorm) -> Stream:
         """The same for few tokens, added to the stream that `norm_after` reads."""

@@ -16,12 +16,22 @@ from minisgl.kernels.invariant_attention import query_block as invariant_query_b
 from minisgl.kernels.invariant_decode import invariant_decode
 from minisgl.kernels.invariant_matmul import FEW_ROWS, beats_torch, invariant_matmul, row_borders
 from minisgl.kernels.invariant_prefill import invariant_prefill
+from minisgl.kernels.launch import hopper_module
+from minisgl.kernels.silu_mul import silu_mul
+
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of x, weight and bias
 
 
 class Ops(NamedTuple):
-    """The functions' arguments are those of the kernels below."""
+    """The functions' arguments are those of the kernels below.
 
-    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    linear: y = x W^T + b. gated: silu(first half of y) * second half. linear_parts: y, or parts of it
+    # [S, M, N] fp32, which `rms_norm` adds up.
+    """
+
+    linear: Linear
+    gated: Linear
+    linear_parts: Linear
     linear_borders: Callable[[torch.dtype, torch.device], list[int]]  # numbers of rows above which it is compiled anew
     attention_decode: Callable[..., None]
     attention_prefill: Callable[..., None]
@@ -29,18 +39,48 @@ class Ops(NamedTuple):
     streams: bool  # small batches of decodes may run in fewer kernels, which sum in another order
 
 
+def _on_hopper(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor | None:
+    """What Hopper's own kernel makes of a matmul that it is fastest for; None where it is not."""
+    hopper = hopper_module("matmul_sm90", x.device)
+    tile = hopper.find_tile(x, weight, kind) if hopper else None
+    return hopper.matmul_sm90(x, weight, bias, tile, kind) if hopper and tile else None
+
+
 def _fastest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = _on_hopper(x, weight, bias, "whole")
+    if y is not None:
+        return y
     if beats_torch(x.shape[0], weight):
         return invariant_matmul(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _fastest_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = _on_hopper(x, weight, bias, "gated")
+    return silu_mul(_fastest_linear(x, weight, bias)) if y is None else y
+
+
+def _fastest_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    y = _on_hopper(x, weight, bias, "parts")
+    return _fastest_linear(x, weight, bias) if y is None else y
+
+
+def _invariant_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return silu_mul(invariant_matmul(x, weight, bias))
+
+
 def _fastest_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
-    return [border for border in row_borders(dtype, device) if border < FEW_ROWS] if device.type == "cuda" else []
+    if device.type != "cuda":
+        return []
+    borders = {border for border in row_borders(dtype, device) if border < FEW_ROWS}
+    hopper = hopper_module("matmul_sm90", device)
+    return sorted(borders | set(hopper.row_borders() if hopper else ()))
 
 
 FASTEST = Ops(
     linear=_fastest_linear,
+    gated=_fastest_gated,
+    linear_parts=_fastest_parts,
     linear_borders=_fastest_borders,
     attention_decode=attention_decode,
     attention_prefill=attention_prefill,
@@ -49,6 +89,8 @@ FASTEST = Ops(
 )
 INVARIANT = Ops(
     linear=invariant_matmul,
+    gated=_invariant_gated,
+    linear_parts=invariant_matmul,
     linear_borders=row_borders,
     attention_decode=invariant_decode,
     attention_prefill=invariant_prefill,

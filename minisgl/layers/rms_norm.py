@@ -15,7 +15,8 @@ class RMSNorm:
         self.eps = eps
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x, residual  # [T, D] -> [T, D]. With a residual: adds x to it in place and normalises the sum."""
+        """x, residual  # [T, D] -> [T, D]. With a residual: adds x, or its parts  # [S, T, D], to it in place and
+        normalises the sum."""
         return rms_norm(x, self.weight, self.eps, residual)
 
     def targets(self) -> dict[str, Target]:

@@ -120,7 +120,7 @@ class Decoder:
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
             x = layer.attention(x, batch, keys, values, self.cos_sin)
             if norm_after is self.norm and not batch.decodes_only:
-                x, residual = (rows.index_select(0, batch.sample_index) for rows in (x, residual))  # [N, hidden]
+                x, residual = (rows.index_select(-2, batch.sample_index) for rows in (x, residual))  # [N, hidden]
             x = layer.mlp(layer.mlp_norm(x, residual))
             x = norm_after(x, residual)
         return x
@@ -132,8 +132,14 @@ class Decoder:
     def run_matmuls(self, num_rows: int) -> None:
         """Run each kind of matmul on rows of zeros, so that its kernel for so many rows is compiled."""
         layer = self.layers[0]
-        for linear in (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down):
-            linear(linear.weight.new_zeros(num_rows, linear.weight.shape[1]))
+        attention, mlp = layer.attention, layer.mlp
+        for run, linear in (
+            (attention.qkv, attention.qkv),
+            (attention.o, attention.o),
+            (mlp.gate_up.gated, mlp.gate_up),
+            (mlp.down, mlp.down),
+        ):
+            run(linear.weight.new_zeros(num_rows, linear.weight.shape[1]))
         self.logits(self.lm_head.new_zeros(num_rows, self.config.hidden_size))
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:

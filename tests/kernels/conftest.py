@@ -1,6 +1,7 @@
 """Kernel tests: each runs where it can, compares with float64, and poisons what the kernel must overwrite."""
 
 from collections.abc import Callable
+from zlib import crc32
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "tests/kernels" in item.path.as_posix() and "test_aot" not in item.path.name:
                 item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """A test draws the same values in every run: the errors of a few rounded sums may be above their usual bound."""
+    torch.manual_seed(crc32(request.node.name.encode()))
 
 
 @pytest.fixture

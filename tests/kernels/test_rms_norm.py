@@ -20,6 +20,23 @@ def test_matches_float64(device, dtype, assert_close, tokens, hidden, with_resid
         assert_close(residual, residual64)
 
 
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_adds_the_parts_of_a_matmul(device, dtype, assert_close, parts, with_residual):
+    x = torch.randn(parts, 7, 300, device=device)
+    weight = torch.randn(300, device=device, dtype=dtype)
+    residual = torch.randn(7, 300, device=device, dtype=dtype) if with_residual else None
+    residual64 = residual.double() if residual is not None else None
+
+    expected = rms_norm_reference(x.double(), weight.double(), 1e-6, residual64)
+    out = rms_norm(x, weight, 1e-6, residual)
+
+    assert out.dtype == dtype
+    assert_close(out, expected)
+    if residual is not None:
+        assert_close(residual, residual64)
+
+
 def test_reads_a_strided_view(device, dtype, assert_close):
     x = torch.randn(7, 200, device=device, dtype=dtype)[:, :100]
     weight = torch.randn(100, device=device, dtype=dtype)
@@ -41,7 +58,7 @@ def test_no_tokens(device, dtype):
 
 
 @pytest.mark.parametrize(
-    "bad, name", [("shape", "weight"), ("dtype", "weight"), ("stride", "x"), ("residual", "residual")]
+    "bad, name", [("shape", "weight"), ("dtype", "x"), ("stride", "x"), ("parts", "x"), ("residual", "residual")]
 )
 def test_refuses_bad_arguments(device, bad, name):
     x, weight, residual = torch.randn(4, 64, device=device), torch.ones(64, device=device), None
@@ -49,6 +66,8 @@ def test_refuses_bad_arguments(device, bad, name):
         weight = weight[:-1]
     elif bad == "dtype":
         weight = weight.half()
+    elif bad == "parts":
+        x = x[None]
     elif bad == "stride":
         x = torch.randn(64, 4, device=device).t()
     else:

@@ -9,3 +9,4 @@ def launch() -> None:
             x, weight = torch.empty(4, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
             rms_norm(x, weight, 1e-6)
             rms_norm(x, weight, 1e-6, torch.empty_like(x))
+            rms_norm(torch.empty(8, 4, hidden), weight, 1e-6, torch.empty_like(x))

@@ -1,0 +1,467 @@
+"""Matmuls of a large decode batch on Hopper (sm_90), in Gluon: y = x W^T + b for 32 to 256 rows.
+
+    WHOLE   y
+    GATED   silu(first half of y) * second half
+    PARTS   y in S parts that are still to be added, where K is split over programs
+
+Legend: M rows (tokens), N outputs, K inputs, S parts. x  # [M, K]; weight  # [N, K], [2N, K] when gated; bias  # of its
+rows. Bound by memory up to about 200 rows, 2 N K bytes in bf16; by 2 M N K flops above. Sums are fp32.
+
+A program has one tile: some rows of x, some of the weight, and a share of K. Its producer, one warp, copies blocks of
+64 inputs to a ring in shared memory by TMA; one to three consumer groups of four warps multiply a group's rows of x
+with the tile's weights (wgmma). What it is made for:
+- Weights do not depend on the kernel before: the producer fills the ring with them before it waits for that kernel
+  (see dependent_launch.py), so that loading begins while norms and attention still run.
+- A tile takes all rows of x where it can, so that a weight goes from memory to a multiprocessor once. Its width is such
+  that all programs run at once, 96 outputs of 192 rows of the weight too, which is one tile of 128 and one of 64.
+- Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
+- A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
+  thread that has the one has the other.
+Where torch is faster (most widths above 64 rows: its kernels share copies within clusters, which Gluon cannot say),
+there is no rule.
+
+A row's bits depend on how many rows there are, since that chooses the tile and S.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.kernels.hopper import Address, async_load, barrier, reinterpret
+from minisgl.kernels.launch import cdiv, check, check_same, num_multiprocessors
+from minisgl.kernels.silu_mul import silu_mul_reference
+
+WHOLE, GATED, PARTS = "whole", "gated", "parts"
+ANY = 1 << 31  # no bound
+BLOCK_K = gl.constexpr(64)  # 128 bytes, the widest that shared memory is swizzled by
+PAIR = gl.constexpr(8)  # rows of the gate, then as many of up: what one thread holds are a row of each
+MIN_ROWS, MAX_ROWS = 32, 256
+SMALL_BOX = 32  # rows of x in a copy for one group: so few there are always
+MOST_PARTS = 8
+MIN_PART_BLOCKS = 4  # a part has at least so many blocks of inputs
+LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+PAIRS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
+# Registers of a consumer's and of the producer's threads, by consumer groups; of one group, what is left and 40.
+REGISTERS = {1: (0, 40), 2: (232, 40), 3: (152, 40)}
+
+
+class Tile(NamedTuple):
+    """A program's tile, and how it comes by it."""
+
+    groups: int  # of consumers
+    rows: int  # of x for each group
+    block_n: int  # rows of the weight
+    tail_n: int  # and so many more; may be 0
+    stages: int  # blocks in the ring
+
+
+class Rule(NamedTuple):
+    """The tile for up to `max_rows` rows and `max_outputs` outputs."""
+
+    max_rows: int
+    max_outputs: int
+    tile: Tile
+
+
+# The first rule that holds counts; without one torch is faster.
+RULES: dict[str, tuple[Rule, ...]] = {
+    WHOLE: (
+        Rule(64, 8448, Tile(1, 64, 64, 0, 8)),
+        Rule(64, ANY, Tile(1, 64, 128, 0, 8)),
+    ),
+    GATED: (
+        Rule(64, 4224, Tile(1, 64, 64, 0, 8)),
+        Rule(64, 8448, Tile(1, 64, 128, 0, 8)),
+        Rule(64, 12672, Tile(1, 64, 128, 64, 4)),
+        Rule(64, ANY, Tile(1, 64, 128, 0, 8)),
+        Rule(128, 4224, Tile(2, 64, 64, 0, 6)),
+        Rule(128, 8448, Tile(2, 64, 128, 0, 6)),
+        Rule(128, 12672, Tile(2, 64, 128, 64, 4)),
+        Rule(192, 4224, Tile(3, 64, 64, 0, 6)),
+        Rule(192, 12672, Tile(3, 64, 128, 64, 4)),
+        Rule(256, 4224, Tile(1, 64, 128, 64, 4)),
+        Rule(256, 12672, Tile(2, 128, 128, 64, 4)),
+    ),
+    PARTS: (
+        Rule(64, ANY, Tile(1, 64, 128, 0, 8)),
+        Rule(128, 4224, Tile(2, 64, 64, 0, 6)),
+        Rule(128, ANY, Tile(2, 64, 128, 0, 6)),
+        Rule(192, 4224, Tile(3, 64, 64, 0, 6)),
+        Rule(256, 2048, Tile(2, 64, 64, 0, 6)),
+        Rule(256, 4224, Tile(2, 64, 128, 0, 6)),
+    ),
+}
+
+
+def matmul_sm90_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """The same in torch, PARTS in one; shapes as in `matmul_sm90`."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return silu_mul_reference(y) if kind == GATED else y
+
+
+class Ring(NamedTuple):
+    """Buffers that the producer fills in turn and the consumers empty; a barrier of each kind for each buffer."""
+
+    x: gl.shared_memory_descriptor
+    weight: gl.shared_memory_descriptor
+    tail: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Place(NamedTuple):
+    """Where a program's tile is."""
+
+    token: gl.tensor
+    output: gl.tensor
+    part: gl.tensor
+    first_block: gl.tensor
+    num_blocks: gl.tensor
+
+
+@gluon.jit
+def _load_weights(desc, ring_part, stage, full, output, start, IS_GATED: gl.constexpr):
+    """Copy a block of the tile's weights; desc  # [N, K], or [N / 8, 2, 8, K] when gated."""
+    target = ring_part.index(stage)
+    if IS_GATED:
+        ROWS: gl.constexpr = ring_part.shape[1]
+        pairs: gl.constexpr = [ROWS // (2 * PAIR), 2, PAIR, BLOCK_K]
+        async_load(desc, [output // PAIR, 0, 0, start], full, reinterpret(target, desc.dtype, pairs, PAIRS_LAYOUT))
+    else:
+        async_load(desc, [output, start], full, target)
+
+
+@gluon.jit
+def _load_block(weight_desc, tail_desc, ring, stage, place, block, IS_GATED: gl.constexpr, TAIL: gl.constexpr):
+    """Copy block `block` of the tile's weights to a free buffer; rows of x follow."""
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    full = ring.full.index(stage)
+    start = (place.first_block + block) * BLOCK_K
+    _load_weights(weight_desc, ring.weight, stage, full, place.output, start, IS_GATED)
+    if TAIL:
+        output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
+        _load_weights(tail_desc, ring.tail, stage, full, output, start, IS_GATED)
+
+
+@gluon.jit
+def _first_row(row, M, BOX: gl.constexpr):
+    """Where the box of `row` rows into x starts. The last box has rows of the one before once more, for the same
+    result: rows past the end are slow to load."""
+    return gl.minimum(row, M - BOX)
+
+
+@gluon.jit
+def _load_rows(x_desc, ring, stage, place, block, M, GROUPS: gl.constexpr, BOX: gl.constexpr):
+    """Copy block `block` of the tile's rows of x."""
+    ROWS: gl.constexpr = ring.x.shape[1]
+    for group in gl.static_range(GROUPS):
+        rows = ring.x.index(stage * GROUPS + group)
+        for row in gl.static_range(0, ROWS, BOX):
+            first = _first_row(place.token + group * ROWS + row, M, BOX)
+            start = (place.first_block + block) * BLOCK_K
+            async_load(x_desc, [first, start], ring.full.index(stage), rows.slice(row, BOX))
+
+
+@gluon.jit
+def _produce(
+    x_desc,
+    weight_desc,
+    tail_desc,
+    ring,
+    place,
+    M,
+    GROUPS: gl.constexpr,
+    BOX: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """The producer: one warp that copies all that the consumers read."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    tile_rows: gl.constexpr = ring.x.shape[1] * GROUPS + ring.weight.shape[1] + (ring.tail.shape[1] if TAIL else 0)
+    BYTES: gl.constexpr = tile_rows * BLOCK_K * 2
+    ahead = gl.minimum(place.num_blocks, STAGES)
+    for block in range(ahead):
+        mbarrier.expect(ring.full.index(block), BYTES)
+        _load_block(weight_desc, tail_desc, ring, block, place, block, IS_GATED, TAIL)
+    # Consumers write nothing before they have read x, which is asked for after this.
+    gdc_wait()
+    gdc_launch_dependents()
+    for block in range(ahead):
+        _load_rows(x_desc, ring, block, place, block, M, GROUPS, BOX)
+    for block in range(STAGES, place.num_blocks):
+        stage = block % STAGES
+        mbarrier.wait(ring.empty.index(stage), (block // STAGES - 1) & 1)
+        mbarrier.expect(ring.full.index(stage), BYTES)
+        _load_block(weight_desc, tail_desc, ring, stage, place, block, IS_GATED, TAIL)
+        _load_rows(x_desc, ring, stage, place, block, M, GROUPS, BOX)
+
+
+@gluon.jit
+def _store(
+    acc, first_row, output, place, M, N, bias_ptr, y_ptr,
+    HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr, IS_PARTS: gl.constexpr,
+):  # fmt: skip
+    """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs."""
+    ROWS: gl.constexpr = acc.shape[0]
+    dtype: gl.constexpr = y_ptr.dtype.element_ty
+    if IS_GATED:
+        OUTPUTS: gl.constexpr = acc.shape[1] // 2
+        pairs = acc.reshape([ROWS, OUTPUTS // PAIR, 2, PAIR]).permute((0, 1, 3, 2))
+        gate, up = pairs.split()
+        gate = gate.reshape([ROWS, OUTPUTS])
+        up = up.reshape([ROWS, OUTPUTS])
+    else:
+        gate = acc
+    columns = output + gl.arange(0, gate.shape[1], layout=gl.SliceLayout(0, gate.type.layout))
+    is_output = columns < N
+    if HAS_BIAS:
+        gate += gl.load(bias_ptr + columns, mask=is_output & (place.part == 0), other=0.0).to(gl.float32)[None, :]
+    y = gate.to(dtype)
+    if IS_GATED:
+        if HAS_BIAS:
+            up += gl.load(bias_ptr + N + columns, mask=is_output, other=0.0).to(gl.float32)[None, :]
+        gate = y.to(gl.float32)
+        silu = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
+        y = (silu * up.to(dtype).to(gl.float32)).to(dtype)
+    if IS_PARTS:
+        y_ptr += place.part.to(gl.int64) * M * N
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
+    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+    gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=is_output[None, :])
+
+
+@gluon.jit
+def _consume(
+    GROUP: gl.constexpr,
+    ring,
+    place,
+    M,
+    N,
+    bias_ptr,
+    y_ptr,
+    GROUPS: gl.constexpr,
+    BOX: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    IS_PARTS: gl.constexpr,
+    TAIL: gl.constexpr,
+):
+    """One consumer group: four warps, its rows of x and all of the tile's weights."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    ROWS: gl.constexpr = ring.x.shape[1]
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout)
+    if TAIL:
+        TAIL_N: gl.constexpr = ring.tail.shape[1]
+        tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL_N, 16])
+        tail = gl.full([ROWS, TAIL_N], 0.0, gl.float32, tail_layout)
+    for block in range(place.num_blocks):
+        stage = block % STAGES
+        mbarrier.wait(ring.full.index(stage), (block // STAGES) & 1)
+        x = ring.x.index(stage * GROUPS + GROUP)
+        acc = warpgroup_mma(x, ring.weight.index(stage).permute((1, 0)), acc, is_async=True)
+        # This block's are in flight; those of the block before have ended, and its buffer is free.
+        if TAIL:
+            tail = warpgroup_mma(x, ring.tail.index(stage).permute((1, 0)), tail, is_async=True)
+            acc, tail = warpgroup_mma_wait(2, [acc, tail])
+        else:
+            acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(ring.empty.index((block + STAGES - 1) % STAGES), pred=block > 0)
+    first_row = place.token + GROUP * ROWS
+    if TAIL:
+        acc, tail = warpgroup_mma_wait(0, [acc, tail])
+        tail_output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
+        _store(tail, first_row, tail_output, place, M, N, bias_ptr, y_ptr, HAS_BIAS, BOX, IS_GATED, IS_PARTS)
+    else:
+        acc = warpgroup_mma_wait(0, [acc])
+    _store(acc, first_row, place.output, place, M, N, bias_ptr, y_ptr, HAS_BIAS, BOX, IS_GATED, IS_PARTS)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _matmul_sm90(
+    x_desc,
+    weight_desc,
+    tail_desc,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    num_blocks,
+    part_blocks,
+    GROUPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    BOX: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    TAIL_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    IS_PARTS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    TAIL: gl.constexpr = TAIL_N > 0
+    OUTPUTS: gl.constexpr = (BLOCK_N + TAIL_N) // 2 if IS_GATED else BLOCK_N + TAIL_N
+    # The last tile is moved back to where it is full.
+    output = gl.minimum(gl.program_id(1) * OUTPUTS, gl.maximum(N - OUTPUTS, 0))
+    part = gl.program_id(2)
+    first_block = part * part_blocks
+    blocks = gl.minimum(part_blocks, num_blocks - first_block)
+    place = Place(gl.program_id(0) * (GROUPS * ROWS), output, part, first_block, blocks)
+
+    dtype: gl.constexpr = x_desc.dtype
+    x = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, BLOCK_K], LAYOUT)
+    weight = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], LAYOUT)
+    tail = weight
+    if TAIL:
+        tail = gl.allocate_shared_memory(dtype, [STAGES, TAIL_N, BLOCK_K], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), GROUPS)
+    fence_async_shared()
+    barrier()
+    ring = Ring(x, weight, tail, full, empty)
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_consume, (2, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+
+
+def find_tile(x: torch.Tensor, weight: torch.Tensor, kind: str) -> Tile | None:
+    """The tile for a matmul of x  # [M, K] with a weight of this kind; None where torch is faster, or where these
+    arguments, which are valid for torch's, do not fit this kernel. `kind`: WHOLE, GATED or PARTS."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0] // 2 if kind == GATED else weight.shape[0]
+    if not MIN_ROWS <= rows <= MAX_ROWS or (kind == WHOLE and outputs < inputs):
+        return None
+    fits = (
+        x.itemsize == 2
+        and x.stride(1) == weight.stride(1) == 1
+        and x.stride(0) % 8 == weight.stride(0) % 8 == 0
+        and x.stride(0) > 0
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+        and (kind != GATED or outputs % PAIR.value == 0)
+    )
+    rules = RULES[kind] if fits else ()
+    return next((rule.tile for rule in rules if rows <= rule.max_rows and outputs <= rule.max_outputs), None)
+
+
+def row_borders() -> list[int]:
+    """Numbers of rows above which the kernel is another one, ascending."""
+    return sorted({MIN_ROWS - 1} | {rule.max_rows for rules in RULES.values() for rule in rules} - {MAX_ROWS})
+
+
+@lru_cache(maxsize=4096)  # 5 us each, and each weight has the same in every step
+def _weight_descriptor(
+    pointer: int, dtype: torch.dtype, rows: int, inputs: int, stride: int, box: int, gated: bool
+) -> TensorDescriptor:
+    base = Address(pointer, dtype)
+    if not gated:
+        return TensorDescriptor(base, [rows, inputs], [stride, 1], [box, BLOCK_K.value], LAYOUT.value)
+    pair = PAIR.value
+    shape = [rows // 2 // pair, 2, pair, inputs]
+    strides = [pair * stride, rows // 2 * stride, stride, 1]
+    return TensorDescriptor(base, shape, strides, [box // (2 * pair), 2, pair, BLOCK_K.value], PAIRS_LAYOUT.value)
+
+
+def num_parts(tile: Tile, rows: int, outputs: int, inputs: int, processors: int) -> int:
+    """Into how many parts K is split, so that the programs fill the GPU's processors."""
+    programs = cdiv(outputs, tile.block_n + tile.tail_n) * cdiv(rows, tile.groups * tile.rows)
+    blocks = cdiv(inputs, BLOCK_K.value)
+    parts = max(1, min(MOST_PARTS, processors // programs, blocks // MIN_PART_BLOCKS))
+    return cdiv(blocks, cdiv(blocks, parts))
+
+
+def matmul_sm90(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, kind: str
+) -> torch.Tensor:
+    """Multiply x  # [M, K] with weight  # [N, K] and add bias  # [N], with the tile that `find_tile` gave.
+
+    Returns y  # [M, N] in x's dtype, contiguous; of GATED, whose weight is [2N, K] and bias [2N], silu(first half) *
+    second half; of PARTS, where there is more than one, [S, M, N] fp32, whose sum over S is y. Raises ValueError for a
+    wrong shape, dtype or device.
+    """
+    (rows, inputs), gated = x.shape, kind == GATED
+    check(weight.shape[1] == inputs, f"weight: expected [N, {inputs}], got {list(weight.shape)}")
+    check_same("weight", weight, device=x.device, dtype=x.dtype)
+    if bias is not None:
+        check(bias.shape == weight.shape[:1], f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+        check_same("bias", bias, device=x.device, dtype=x.dtype)
+    outputs = weight.shape[0] // (1 + gated)
+    parts = num_parts(tile, rows, outputs, inputs, num_multiprocessors(x.device)) if kind == PARTS else 1
+    if parts > 1:
+        y = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
+    else:
+        y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    group_rows = tile.groups * tile.rows
+    box = SMALL_BOX if tile.groups == 1 else tile.rows
+    memory = weight.data_ptr(), weight.dtype, weight.shape[0], inputs, weight.stride(0)
+    blocks = cdiv(inputs, BLOCK_K.value)
+    consumer_registers, producer_registers = REGISTERS[tile.groups]
+    _matmul_sm90[(cdiv(rows, group_rows), cdiv(outputs, (tile.block_n + tile.tail_n) // (1 + gated)), parts)](
+        TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [box, BLOCK_K.value], LAYOUT.value),
+        _weight_descriptor(*memory, tile.block_n, gated),
+        _weight_descriptor(*memory, tile.tail_n or tile.block_n, gated),
+        bias,
+        y,
+        rows,
+        outputs,
+        blocks,
+        cdiv(blocks, parts),
+        GROUPS=tile.groups,
+        ROWS=tile.rows,
+        BOX=box,
+        BLOCK_N=tile.block_n,
+        TAIL_N=tile.tail_n,
+        STAGES=tile.stages,
+        HAS_BIAS=bias is not None,
+        IS_GATED=gated,
+        IS_PARTS=parts > 1,
+        CONSUMER_REGISTERS=consumer_registers,
+        PRODUCER_REGISTERS=producer_registers,
+        num_warps=4,
+        launch_pdl=True,
+        # Two programs of one group fit on a multiprocessor if they share its registers.
+        **({"maxnreg": 128} if tile.groups == 1 else {}),
+    )
+    return y

@@ -1,0 +1,162 @@
+import pytest
+import torch
+
+from minisgl.kernels import matmul_sm90 as module
+from minisgl.kernels.matmul_sm90 import (
+    GATED,
+    MAX_ROWS,
+    MIN_ROWS,
+    PARTS,
+    RULES,
+    WHOLE,
+    find_tile,
+    matmul_sm90,
+    matmul_sm90_reference,
+    num_parts,
+    row_borders,
+)
+from minisgl.kernels.rms_norm import rms_norm
+
+HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
+EACH_RULE = [(kind, rule) for kind, rules in RULES.items() for rule in rules]
+each_rule = pytest.mark.parametrize("kind, rule", EACH_RULE, ids=lambda value: str(value).replace(" ", ""))
+
+
+@pytest.fixture
+def poisoned_output(monkeypatch):
+    """What the launcher allocates starts as NaN, so that an element that the kernel leaves out is seen."""
+
+    def empty(*shape, **options):
+        return torch.full(shape, float("nan"), **options)
+
+    monkeypatch.setattr(module.torch, "empty", empty)
+
+
+def make_problem(rows, outputs, inputs, kind, dtype=torch.bfloat16, device="cuda"):
+    """x  # [M, K], weight  # [N, K] or [2N, K], bias, of sums near 1."""
+    outputs *= 1 + (kind == GATED)
+    x = torch.randn(rows, inputs, device=device, dtype=dtype)
+    weight = torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5
+    return x, weight, torch.randn(outputs, device=device, dtype=dtype)
+
+
+def expected(x, weight, bias, kind):
+    return matmul_sm90_reference(x.double(), weight.double(), None if bias is None else bias.double(), kind)
+
+
+def whole(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return y.sum(0).to(dtype) if y.dim() == 3 else y
+
+
+@pytest.mark.gpu
+@needs_sm90
+@each_rule
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.usefixtures("poisoned_output")
+def test_matches_float64(assert_close, kind, rule, with_bias):
+    fewest = max((other.max_rows for _, other in EACH_RULE if other.max_rows < rule.max_rows), default=MIN_ROWS - 1) + 1
+    for rows in {fewest, (fewest + rule.max_rows) // 2, rule.max_rows}:
+        for outputs, inputs in ((min(rule.max_outputs, 5120), 2048), (328, 1000), (40, 72)):
+            x, weight, bias = make_problem(rows, outputs, inputs, kind)
+            bias = bias if with_bias else None
+            y = matmul_sm90(x, weight, bias, rule.tile, kind)
+            assert (y.dim() == 3) == (kind == PARTS and inputs >= 1000)
+            assert_close(whole(y, x.dtype), expected(x, weight, bias, kind))
+
+
+@pytest.mark.gpu
+@needs_sm90
+@pytest.mark.parametrize("kind", [WHOLE, GATED, PARTS])
+def test_float16_and_rows_of_larger_matrices(assert_close, kind):
+    for rows in (32, 50, 64):
+        wide_x, wide_weight, _ = make_problem(rows, 640, 1536, kind, torch.float16)
+        x, weight = wide_x[:, 8:1032], wide_weight[:, 512:]
+        tile = find_tile(x, weight, kind if kind != WHOLE else PARTS)
+        assert_close(whole(matmul_sm90(x, weight, None, tile, kind), x.dtype), expected(x, weight, None, kind))
+
+
+@pytest.mark.gpu
+@needs_sm90
+@each_rule
+def test_a_row_reads_no_other(kind, rule):
+    x, weight, _ = make_problem(rule.max_rows, 512, 1024, kind)
+    clean = matmul_sm90(x, weight, None, rule.tile, kind)
+    x[1::2] = float("nan")
+    assert torch.equal(matmul_sm90(x, weight, None, rule.tile, kind)[..., ::2, :], clean[..., ::2, :])
+
+
+@pytest.mark.gpu
+@needs_sm90
+@pytest.mark.parametrize("rows", [32, 64, 128, 192, 256])
+def test_waits_for_the_kernels_before_it(rows):
+    """A chain through shared buffers, in a graph: a kernel that read or wrote too early would change the result."""
+    hidden, inner, dtype, device = 1024, 3072, torch.bfloat16, torch.device("cuda")
+    layers = [(make_problem(1, inner, hidden, GATED)[1], make_problem(1, hidden, inner, PARTS)[1]) for _ in range(12)]
+    norm = torch.ones(hidden, dtype=dtype, device=device)
+    start = torch.randn(rows, hidden, device=device, dtype=dtype)
+    residual, out = torch.empty_like(start), torch.empty_like(start)
+
+    def chain(after_each):
+        residual.copy_(start)
+        x = rms_norm(residual, norm, 1e-6)
+        for gate_up, down in layers:
+            for weight, kind in ((gate_up, GATED), (down, PARTS)):
+                x = matmul_sm90(x, weight, None, find_tile(x, weight, kind), kind)
+                after_each()
+            x = rms_norm(x, norm, 1e-6, residual)
+            after_each()
+        out.copy_(x)
+
+    chain(torch.cuda.synchronize)
+    one_by_one = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(lambda: None)
+    for _ in range(20):
+        graph.replay()
+        assert torch.equal(out, one_by_one)
+
+
+def test_which_tile():
+    def tile(rows, outputs, inputs, kind, dtype=torch.bfloat16, skip=0):
+        x, weight, _ = (t.to(dtype) for t in make_problem(rows, outputs, inputs + skip, kind, device="cpu"))
+        return find_tile(x[:, skip:], weight[:, skip:], kind)
+
+    for kind, rules in RULES.items():
+        for rule in rules:  # the first that holds counts: a later one for as few is for more outputs
+            assert all(rule.max_rows <= other.max_rows for other in rules[rules.index(rule) :])
+            assert rule.max_rows in (*row_borders(), MAX_ROWS)
+        assert tile(64, 1024, 1024, kind) == next(rule.tile for rule in rules if rule.max_rows == 64)
+        assert tile(64, 1024, 1024, kind, torch.float16) is not None
+        assert tile(MIN_ROWS - 1, 1024, 1024, kind) is None
+        assert tile(MAX_ROWS + 1, 1024, 1024, kind) is None
+        assert tile(64, 1024, 1024, kind, torch.float32) is None
+        assert tile(64, 1024, 1024, kind, skip=1) is None  # TMA needs 16 bytes
+    assert tile(64, 512, 1024, WHOLE) is None  # narrow: half of the GPU would wait
+    assert tile(64, 1020, 1024, GATED) is None  # pairs of 8 rows
+    assert tile(256, 12672 + 8, 64, GATED) is None  # not all programs at once: torch is faster
+
+
+@pytest.mark.parametrize("outputs, inputs, parts", [(4096, 4096, 4), (4096, 12288, 4), (1024, 3072, 8), (1024, 500, 2)])
+def test_parts_fill_the_gpu(outputs, inputs, parts):
+    tile = RULES[PARTS][0].tile
+    assert num_parts(tile, 64, outputs, inputs, processors=132) == parts
+    assert num_parts(tile, 64, outputs, inputs, processors=1) == 1
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("weight", lambda a: a.update(weight=a["weight"][:, :-8])),
+        ("weight", lambda a: a.update(weight=a["weight"].half())),
+        ("bias", lambda a: a.update(bias=a["bias"][1:])),
+        ("bias", lambda a: a.update(bias=a["bias"].float())),
+    ],
+)
+def test_refuses_bad_arguments(name, change):
+    x, weight, bias = make_problem(64, 128, 64, WHOLE, device="cpu")
+    arguments = {"x": x, "weight": weight, "bias": bias, "tile": RULES[WHOLE][0].tile, "kind": WHOLE}
+    change(arguments)
+    with pytest.raises(ValueError, match=f"^{name}:"):
+        matmul_sm90(**arguments)
