@@ -52,8 +52,7 @@ MOST_PARTS = 8
 MIN_PART_BLOCKS = 4  # a part has at least so many blocks of inputs
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 PAIRS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
-# Registers of a consumer's and of the producer's threads, by consumer groups; of one group, what is left and 40.
-REGISTERS = {1: (0, 40), 2: (232, 40), 3: (152, 40)}
+PRODUCER_REGISTERS = 40  # of a thread
 
 
 class Tile(NamedTuple):
@@ -412,6 +411,18 @@ def num_parts(tile: Tile, rows: int, outputs: int, inputs: int, processors: int)
     return cdiv(blocks, cdiv(blocks, parts))
 
 
+def num_registers(tile: Tile) -> tuple[int, int]:
+    """Of a consumer's thread; and the mean over all threads, which a program is launched with.
+
+    No more than needed: where a program takes all registers of its multiprocessor, programs of the next kernel, which
+    start early, crowd on the few multiprocessors without one. The norm behind a matmul of 128 rows took 8 us more so.
+    """
+    sums = tile.rows * (tile.block_n + tile.tail_n) // 128
+    consumer = min(sums + 56, 232)
+    mean = cdiv(tile.groups * consumer + PRODUCER_REGISTERS, 8 * (tile.groups + 1)) * 8
+    return consumer, max(mean, tile.block_n // 2 + 32)  # the assembler asks for what one wgmma takes
+
+
 def matmul_sm90(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, kind: str
 ) -> torch.Tensor:
@@ -437,7 +448,7 @@ def matmul_sm90(
     box = SMALL_BOX if tile.groups == 1 else tile.rows
     memory = weight.data_ptr(), weight.dtype, weight.shape[0], inputs, weight.stride(0)
     blocks = cdiv(inputs, BLOCK_K.value)
-    consumer_registers, producer_registers = REGISTERS[tile.groups]
+    consumer_registers, registers = num_registers(tile)
     _matmul_sm90[(cdiv(rows, group_rows), cdiv(outputs, (tile.block_n + tile.tail_n) // (1 + gated)), parts)](
         TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [box, BLOCK_K.value], LAYOUT.value),
         _weight_descriptor(*memory, tile.block_n, gated),
@@ -458,10 +469,9 @@ def matmul_sm90(
         IS_GATED=gated,
         IS_PARTS=parts > 1,
         CONSUMER_REGISTERS=consumer_registers,
-        PRODUCER_REGISTERS=producer_registers,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
+        maxnreg=registers,
         launch_pdl=True,
-        # Two programs of one group fit on a multiprocessor if they share its registers.
-        **({"maxnreg": 128} if tile.groups == 1 else {}),
     )
     return y
