@@ -18,7 +18,7 @@ with the tile's weights (wgmma). What it is made for:
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
 Where torch is faster (most widths above 64 rows: its kernels share copies within clusters, which Gluon cannot say),
-there is no rule.
+there is no tile.
 
 A row's bits depend on how many rows there are, since that chooses the tile and S.
 """
@@ -48,7 +48,7 @@ BLOCK_K = gl.constexpr(64)  # 128 bytes, the widest that shared memory is swizzl
 PAIR = gl.constexpr(8)  # rows of the gate, then as many of up: what one thread holds are a row of each
 MIN_ROWS, MAX_ROWS = 32, 256
 SMALL_BOX = 32  # rows of x in a copy for one group: so few there are always
-MOST_PARTS = 8
+MOST_PARTS = 4  # with more, reading them takes the norm longer than the matmul gains
 MIN_PART_BLOCKS = 4  # a part has at least so many blocks of inputs
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 PAIRS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
@@ -65,41 +65,31 @@ class Tile(NamedTuple):
     stages: int  # blocks in the ring
 
 
-class Rule(NamedTuple):
-    """The tile for up to `max_rows` rows and `max_outputs` outputs."""
-
-    max_rows: int
-    max_outputs: int
-    tile: Tile
-
-
-# The first rule that holds counts; without one torch is faster.
-RULES: dict[str, tuple[Rule, ...]] = {
-    WHOLE: (
-        Rule(64, 8448, Tile(1, 64, 64, 0, 8)),
-        Rule(64, ANY, Tile(1, 64, 128, 0, 8)),
-    ),
-    GATED: (
-        Rule(64, 4224, Tile(1, 64, 64, 0, 8)),
-        Rule(64, 8448, Tile(1, 64, 128, 0, 8)),
-        Rule(64, 12672, Tile(1, 64, 128, 64, 4)),
-        Rule(64, ANY, Tile(1, 64, 128, 0, 8)),
-        Rule(128, 4224, Tile(2, 64, 64, 0, 6)),
-        Rule(128, 8448, Tile(2, 64, 128, 0, 6)),
-        Rule(128, 12672, Tile(2, 64, 128, 64, 4)),
-        Rule(192, 4224, Tile(3, 64, 64, 0, 6)),
-        Rule(192, 12672, Tile(3, 64, 128, 64, 4)),
-        Rule(256, 4224, Tile(1, 64, 128, 64, 4)),
-        Rule(256, 12672, Tile(2, 128, 128, 64, 4)),
-    ),
-    PARTS: (
-        Rule(64, ANY, Tile(1, 64, 128, 0, 8)),
-        Rule(128, 4224, Tile(2, 64, 64, 0, 6)),
-        Rule(128, ANY, Tile(2, 64, 128, 0, 6)),
-        Rule(192, 4224, Tile(3, 64, 64, 0, 6)),
-        Rule(256, 2048, Tile(2, 64, 64, 0, 6)),
-        Rule(256, 4224, Tile(2, 64, 128, 0, 6)),
-    ),
+# By architecture; then by kind, most rows and most outputs, of which the first that holds counts. Without one torch is
+# faster.
+TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
+    "sm_90": {
+        (WHOLE, 64, 8448): Tile(1, 64, 64, 0, 8),
+        (WHOLE, 64, ANY): Tile(1, 64, 128, 0, 8),
+        (GATED, 64, 4224): Tile(1, 64, 64, 0, 8),
+        (GATED, 64, 8448): Tile(1, 64, 128, 0, 8),
+        (GATED, 64, 12672): Tile(1, 64, 128, 64, 4),
+        (GATED, 64, ANY): Tile(1, 64, 128, 0, 8),
+        (GATED, 128, 4224): Tile(2, 64, 64, 0, 6),
+        (GATED, 128, 8448): Tile(2, 64, 128, 0, 6),
+        (GATED, 128, 12672): Tile(2, 64, 128, 64, 4),
+        (GATED, 192, 4224): Tile(3, 64, 64, 0, 6),
+        (GATED, 192, 12672): Tile(3, 64, 128, 64, 4),
+        (GATED, 256, 4224): Tile(1, 64, 128, 64, 4),
+        (GATED, 256, 12672): Tile(2, 128, 128, 64, 4),
+        (PARTS, 64, ANY): Tile(1, 64, 128, 0, 8),
+        (PARTS, 128, 4224): Tile(2, 64, 64, 0, 6),
+        (PARTS, 128, ANY): Tile(2, 64, 128, 0, 6),
+        (PARTS, 192, 2048): Tile(2, 64, 64, 0, 6),
+        (PARTS, 192, 4224): Tile(3, 64, 64, 0, 6),
+        (PARTS, 256, 2048): Tile(2, 64, 64, 0, 6),
+        (PARTS, 256, 4224): Tile(2, 64, 128, 0, 6),
+    }
 }
 
 
@@ -381,13 +371,17 @@ def find_tile(x: torch.Tensor, weight: torch.Tensor, kind: str) -> Tile | None:
         and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
         and (kind != GATED or outputs % PAIR.value == 0)
     )
-    rules = RULES[kind] if fits else ()
-    return next((rule.tile for rule in rules if rows <= rule.max_rows and outputs <= rule.max_outputs), None)
+    if not fits:
+        return None
+    for (tile_kind, most_rows, most_outputs), tile in TILES["sm_90"].items():
+        if kind == tile_kind and rows <= most_rows and outputs <= most_outputs:
+            return tile
+    return None
 
 
 def row_borders() -> list[int]:
     """Numbers of rows above which the kernel is another one, ascending."""
-    return sorted({MIN_ROWS - 1} | {rule.max_rows for rules in RULES.values() for rule in rules} - {MAX_ROWS})
+    return sorted({MIN_ROWS - 1} | {most_rows for _, most_rows, _ in TILES["sm_90"]} - {MAX_ROWS})
 
 
 @lru_cache(maxsize=4096)  # 5 us each, and each weight has the same in every step

@@ -3,11 +3,12 @@ import torch
 
 from minisgl.kernels import matmul_sm90 as module
 from minisgl.kernels.matmul_sm90 import (
+    ANY,
     GATED,
     MAX_ROWS,
     MIN_ROWS,
     PARTS,
-    RULES,
+    TILES,
     WHOLE,
     find_tile,
     matmul_sm90,
@@ -19,8 +20,10 @@ from minisgl.kernels.rms_norm import rms_norm
 
 HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
-EACH_RULE = [(kind, rule) for kind, rules in RULES.items() for rule in rules]
-each_rule = pytest.mark.parametrize("kind, rule", EACH_RULE, ids=lambda value: str(value).replace(" ", ""))
+EACH_TILE = [(*bucket, tile) for bucket, tile in TILES["sm_90"].items()]
+each_tile = pytest.mark.parametrize(
+    "kind, most_rows, most_outputs, tile", EACH_TILE, ids=["-".join(map(str, bucket)) for bucket in TILES["sm_90"]]
+)
 
 
 @pytest.fixture
@@ -51,16 +54,16 @@ def whole(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.gpu
 @needs_sm90
-@each_rule
+@each_tile
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.usefixtures("poisoned_output")
-def test_matches_float64(assert_close, kind, rule, with_bias):
-    fewest = max((other.max_rows for _, other in EACH_RULE if other.max_rows < rule.max_rows), default=MIN_ROWS - 1) + 1
-    for rows in {fewest, (fewest + rule.max_rows) // 2, rule.max_rows}:
-        for outputs, inputs in ((min(rule.max_outputs, 5120), 2048), (328, 1000), (40, 72)):
+def test_matches_float64(assert_close, kind, most_rows, most_outputs, tile, with_bias):
+    fewest = max(border for border in row_borders() if border < most_rows) + 1
+    for rows in {fewest, (fewest + most_rows) // 2, most_rows}:
+        for outputs, inputs in ((min(most_outputs, 5120), 2048), (328, 1000), (40, 72)):
             x, weight, bias = make_problem(rows, outputs, inputs, kind)
             bias = bias if with_bias else None
-            y = matmul_sm90(x, weight, bias, rule.tile, kind)
+            y = matmul_sm90(x, weight, bias, tile, kind)
             assert (y.dim() == 3) == (kind == PARTS and inputs >= 1000)
             assert_close(whole(y, x.dtype), expected(x, weight, bias, kind))
 
@@ -78,12 +81,12 @@ def test_float16_and_rows_of_larger_matrices(assert_close, kind):
 
 @pytest.mark.gpu
 @needs_sm90
-@each_rule
-def test_a_row_reads_no_other(kind, rule):
-    x, weight, _ = make_problem(rule.max_rows, 512, 1024, kind)
-    clean = matmul_sm90(x, weight, None, rule.tile, kind)
+@each_tile
+def test_a_row_reads_no_other(kind, most_rows, most_outputs, tile):
+    x, weight, _ = make_problem(most_rows, min(most_outputs, 512), 1024, kind)
+    clean = matmul_sm90(x, weight, None, tile, kind)
     x[1::2] = float("nan")
-    assert torch.equal(matmul_sm90(x, weight, None, rule.tile, kind)[..., ::2, :], clean[..., ::2, :])
+    assert torch.equal(matmul_sm90(x, weight, None, tile, kind)[..., ::2, :], clean[..., ::2, :])
 
 
 @pytest.mark.gpu
@@ -119,28 +122,30 @@ def test_waits_for_the_kernels_before_it(rows):
 
 
 def test_which_tile():
-    def tile(rows, outputs, inputs, kind, dtype=torch.bfloat16, skip=0):
+    def find(rows, outputs, inputs, kind, dtype=torch.bfloat16, skip=0):
         x, weight, _ = (t.to(dtype) for t in make_problem(rows, outputs, inputs + skip, kind, device="cpu"))
         return find_tile(x[:, skip:], weight[:, skip:], kind)
 
-    for kind, rules in RULES.items():
-        for rule in rules:  # the first that holds counts: a later one for as few is for more outputs
-            assert all(rule.max_rows <= other.max_rows for other in rules[rules.index(rule) :])
-            assert rule.max_rows in (*row_borders(), MAX_ROWS)
-        assert tile(64, 1024, 1024, kind) == next(rule.tile for rule in rules if rule.max_rows == 64)
-        assert tile(64, 1024, 1024, kind, torch.float16) is not None
-        assert tile(MIN_ROWS - 1, 1024, 1024, kind) is None
-        assert tile(MAX_ROWS + 1, 1024, 1024, kind) is None
-        assert tile(64, 1024, 1024, kind, torch.float32) is None
-        assert tile(64, 1024, 1024, kind, skip=1) is None  # TMA needs 16 bytes
-    assert tile(64, 512, 1024, WHOLE) is None  # narrow: half of the GPU would wait
-    assert tile(64, 1020, 1024, GATED) is None  # pairs of 8 rows
-    assert tile(256, 12672 + 8, 64, GATED) is None  # not all programs at once: torch is faster
+    buckets = list(TILES["sm_90"])
+    for kind, rows, outputs in buckets:  # the first that holds counts: those for fewer rows, then fewer outputs, first
+        assert rows in (*row_borders(), MAX_ROWS)
+        of_kind = [bucket for bucket in buckets if bucket[0] == kind]
+        assert of_kind == sorted(of_kind)
+        assert find(rows, min(outputs, 20480), 8, kind) == TILES["sm_90"][kind, rows, outputs]
+    for kind in (WHOLE, GATED, PARTS):
+        assert find(64, 1024, 1024, kind, torch.float16) == find(64, 1024, 1024, kind) is not None
+        assert find(MIN_ROWS - 1, 1024, 1024, kind) is None
+        assert find(MAX_ROWS + 1, 1024, 1024, kind) is None
+        assert find(64, 1024, 1024, kind, torch.float32) is None
+        assert find(64, 1024, 1024, kind, skip=1) is None  # TMA needs 16 bytes
+    assert find(64, 512, 1024, WHOLE) is None  # narrow: half of the GPU would wait
+    assert find(64, 1020, 1024, GATED) is None  # pairs of 8 rows
+    assert find(256, 12672 + 8, 8, GATED) is None  # not all programs at once: torch is faster
 
 
-@pytest.mark.parametrize("outputs, inputs, parts", [(4096, 4096, 4), (4096, 12288, 4), (1024, 3072, 8), (1024, 500, 2)])
+@pytest.mark.parametrize("outputs, inputs, parts", [(4096, 4096, 4), (5120, 17408, 3), (1024, 3072, 4), (1024, 500, 2)])
 def test_parts_fill_the_gpu(outputs, inputs, parts):
-    tile = RULES[PARTS][0].tile
+    tile = TILES["sm_90"][PARTS, 64, ANY]
     assert num_parts(tile, 64, outputs, inputs, processors=132) == parts
     assert num_parts(tile, 64, outputs, inputs, processors=1) == 1
 
@@ -156,7 +161,7 @@ def test_parts_fill_the_gpu(outputs, inputs, parts):
 )
 def test_refuses_bad_arguments(name, change):
     x, weight, bias = make_problem(64, 128, 64, WHOLE, device="cpu")
-    arguments = {"x": x, "weight": weight, "bias": bias, "tile": RULES[WHOLE][0].tile, "kind": WHOLE}
+    arguments = {"x": x, "weight": weight, "bias": bias, "tile": TILES["sm_90"][WHOLE, 64, ANY], "kind": WHOLE}
     change(arguments)
     with pytest.raises(ValueError, match=f"^{name}:"):
         matmul_sm90(**arguments)

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from minisgl.batch import Batch, KVCache
 from minisgl.kernels.attention_prefill import prefill_tiles, query_block
+from minisgl.layers.ops import FASTEST
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.weights import load_weights
@@ -18,9 +19,9 @@ CPU = torch.device("cpu")
 class PagedModel:
     """A decoder with a small KV cache, whose rows have scattered pages and whose unused slots are NaN."""
 
-    def __init__(self, folder, group=None, load_format="auto"):
+    def __init__(self, folder, group=None, load_format="auto", ops=FASTEST):
         config, max_len = ModelConfig.from_folder(folder), PAGE_SIZE * PAGES_PER_ROW
-        self.decoder = Decoder(config, device=CPU, dtype=torch.float32, max_len=max_len, group=group)
+        self.decoder = Decoder(config, device=CPU, dtype=torch.float32, max_len=max_len, group=group, ops=ops)
         load_weights(self.decoder, folder, load_format)
         kv_heads = self.decoder.shard.kv_heads.size
         shape = (config.num_layers, ROWS * PAGES_PER_ROW, PAGE_SIZE, kv_heads, config.head_dim)
@@ -111,3 +112,23 @@ def test_a_chunk_that_is_not_sampled(case, texts):
     model = PagedModel(folder)
     assert model.step(prefill=[(0, texts[0][:30])], sample_chunks=False).shape == (0, VOCAB_SIZE)
     assert_equal_logits(model.step(prefill=[(0, texts[0][30:])]), expected[0][-1:])
+
+
+def test_matmuls_in_parts(case, texts):
+    """As Hopper's kernel leaves those whose inputs are split; the norm behind each adds them up."""
+    folder, expected = case
+    numbers = []
+
+    def in_parts(x, weight, bias):
+        first = x.shape[1] // 3
+        parts = FASTEST.linear(x[:, :first], weight[:, :first], bias), x[:, first:] @ weight[:, first:].t()
+        numbers.append(len(parts))
+        return torch.stack(parts)
+
+    model = PagedModel(folder, ops=FASTEST._replace(linear_parts=in_parts))
+    model.step(prefill=[(1, texts[0][:33])], sample_chunks=False)
+    assert_equal_logits(
+        model.step(decode=[(1, texts[0][33:34])], prefill=[(0, texts[1])]),
+        torch.stack([expected[0][33], expected[1][-1]]),
+    )
+    assert len(numbers) == 4 * len(model.decoder.layers)
