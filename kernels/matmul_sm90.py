@@ -24,6 +24,7 @@ A row's bits depend on how many rows there are, since that chooses the tile and 
 """
 
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,9 @@ MIN_ROWS, MAX_ROWS = 32, 256
 SMALL_BOX = 32  # rows of x in a copy for one group: so few there are always
 MOST_PARTS = 4  # with more, reading them takes the norm longer than the matmul gains
 MIN_PART_BLOCKS = 4  # a part has at least so many blocks of inputs
+# Above FEW_ROWS rows, a weight of more elements than SMALL_WEIGHT needs so many of the multiprocessors; and no tile may
+# wait for another.
+FEW_ROWS, SMALL_WEIGHT, MIN_FILL = 64, 1 << 23, 0.8
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 PAIRS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
 PRODUCER_REGISTERS = 40  # of a thread
@@ -371,12 +375,28 @@ def find_tile(x: torch.Tensor, weight: torch.Tensor, kind: str) -> Tile | None:
         and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
         and (kind != GATED or outputs % PAIR.value == 0)
     )
-    if not fits:
-        return None
-    for (tile_kind, most_rows, most_outputs), tile in TILES["sm_90"].items():
-        if kind == tile_kind and rows <= most_rows and outputs <= most_outputs:
-            return tile
-    return None
+    found = (
+        tile
+        for (tile_kind, most_rows, most_outputs), tile in TILES["sm_90"].items()
+        if fits and kind == tile_kind and rows <= most_rows and outputs <= most_outputs
+    )
+    tile = next(found, None)
+    if tile is None or rows <= FEW_ROWS or weight.numel() <= SMALL_WEIGHT:
+        return tile
+    processors = num_multiprocessors(x.device)
+    programs = prod(grid(tile, kind, rows, outputs, inputs, processors))
+    return tile if MIN_FILL * processors <= programs <= processors else None
+
+
+def grid(tile: Tile, kind: str, rows: int, outputs: int, inputs: int, processors: int) -> tuple[int, int, int]:
+    """The launch's programs over rows of x, outputs and parts of K, which is split so far that they fill the GPU."""
+    over_rows = cdiv(rows, tile.groups * tile.rows)
+    over_outputs = cdiv(outputs, (tile.block_n + tile.tail_n) // (1 + (kind == GATED)))
+    if kind != PARTS:
+        return over_rows, over_outputs, 1
+    blocks = cdiv(inputs, BLOCK_K.value)
+    parts = max(1, min(MOST_PARTS, processors // (over_rows * over_outputs), blocks // MIN_PART_BLOCKS))
+    return over_rows, over_outputs, cdiv(blocks, cdiv(blocks, parts))
 
 
 def row_borders() -> list[int]:
@@ -395,14 +415,6 @@ def _weight_descriptor(
     shape = [rows // 2 // pair, 2, pair, inputs]
     strides = [pair * stride, rows // 2 * stride, stride, 1]
     return TensorDescriptor(base, shape, strides, [box // (2 * pair), 2, pair, BLOCK_K.value], PAIRS_LAYOUT.value)
-
-
-def num_parts(tile: Tile, rows: int, outputs: int, inputs: int, processors: int) -> int:
-    """Into how many parts K is split, so that the programs fill the GPU's processors."""
-    programs = cdiv(outputs, tile.block_n + tile.tail_n) * cdiv(rows, tile.groups * tile.rows)
-    blocks = cdiv(inputs, BLOCK_K.value)
-    parts = max(1, min(MOST_PARTS, processors // programs, blocks // MIN_PART_BLOCKS))
-    return cdiv(blocks, cdiv(blocks, parts))
 
 
 def num_registers(tile: Tile) -> tuple[int, int]:
@@ -433,17 +445,17 @@ def matmul_sm90(
         check(bias.shape == weight.shape[:1], f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
         check_same("bias", bias, device=x.device, dtype=x.dtype)
     outputs = weight.shape[0] // (1 + gated)
-    parts = num_parts(tile, rows, outputs, inputs, num_multiprocessors(x.device)) if kind == PARTS else 1
+    programs = grid(tile, kind, rows, outputs, inputs, num_multiprocessors(x.device))
+    parts = programs[2]
     if parts > 1:
         y = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
     else:
         y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    group_rows = tile.groups * tile.rows
     box = SMALL_BOX if tile.groups == 1 else tile.rows
     memory = weight.data_ptr(), weight.dtype, weight.shape[0], inputs, weight.stride(0)
     blocks = cdiv(inputs, BLOCK_K.value)
     consumer_registers, registers = num_registers(tile)
-    _matmul_sm90[(cdiv(rows, group_rows), cdiv(outputs, (tile.block_n + tile.tail_n) // (1 + gated)), parts)](
+    _matmul_sm90[programs](
         TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [box, BLOCK_K.value], LAYOUT.value),
         _weight_descriptor(*memory, tile.block_n, gated),
         _weight_descriptor(*memory, tile.tail_n or tile.block_n, gated),

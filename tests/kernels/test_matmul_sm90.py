@@ -11,9 +11,9 @@ from minisgl.kernels.matmul_sm90 import (
     TILES,
     WHOLE,
     find_tile,
+    grid,
     matmul_sm90,
     matmul_sm90_reference,
-    num_parts,
     row_borders,
 )
 from minisgl.kernels.rms_norm import rms_norm
@@ -146,8 +146,28 @@ def test_which_tile():
 @pytest.mark.parametrize("outputs, inputs, parts", [(4096, 4096, 4), (5120, 17408, 3), (1024, 3072, 4), (1024, 500, 2)])
 def test_parts_fill_the_gpu(outputs, inputs, parts):
     tile = TILES["sm_90"][PARTS, 64, ANY]
-    assert num_parts(tile, 64, outputs, inputs, processors=132) == parts
-    assert num_parts(tile, 64, outputs, inputs, processors=1) == 1
+    assert grid(tile, PARTS, 64, outputs, inputs, processors=132) == (1, outputs // 128, parts)
+    assert grid(tile, PARTS, 64, outputs, inputs, processors=1)[2] == 1
+    assert grid(tile, WHOLE, 65, outputs, inputs, processors=132) == (2, outputs // 128, 1)
+
+
+@pytest.mark.parametrize(
+    "kind, outputs, inputs, runs",
+    [
+        (GATED, 12288, 4096, True),
+        (PARTS, 4096, 12288, True),
+        (PARTS, 1024, 3072, True),
+        (GATED, 3072, 1024, True),
+        (GATED, 6144, 4096, False),  # 96 programs
+        (GATED, 14336, 4096, False),  # 150
+        (PARTS, 3072, 8192, False),  # 96
+    ],
+)
+def test_many_rows_of_a_large_weight_fill_the_gpu_or_are_left_to_torch(monkeypatch, kind, outputs, inputs, runs):
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+    weight = torch.empty(outputs * (1 + (kind == GATED)), inputs, dtype=torch.bfloat16)
+    assert find_tile(weight[:64], weight, kind) is not None
+    assert (find_tile(weight[:128], weight, kind) is not None) == runs
 
 
 @pytest.mark.parametrize(
