@@ -33,13 +33,13 @@ def rms_norm_reference(
 
 
 # Strides are fixed by the model, so they are specialised: as multiples of 16 they keep the loads 16 bytes wide.
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rms_norm_kernel(
     x_ptr,
     weight_ptr,
     residual_ptr,
     y_ptr,
-    part_stride,
+    num_tokens,
     x_stride,
     residual_stride,
     y_stride,
@@ -57,7 +57,7 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if PARTS > 1:
         for part in tl.static_range(1, PARTS):
-            x += tl.load(x_ptr + part * part_stride + row * x_stride + cols, mask=mask, other=0.0)
+            x += tl.load(x_ptr + part * num_tokens * HIDDEN + row * x_stride + cols, mask=mask, other=0.0)
         x = x.to(y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         residual_row = residual_ptr + row * residual_stride + cols
@@ -72,7 +72,7 @@ def _rms_norm_kernel(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
     """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first. Instead of x its
-    parts  # [S, T, D] fp32, S > 1.
+    parts  # [S, T, D] fp32, contiguous, S > 1.
 
     Returns y  # [T, D] in weight's dtype, which x without parts has too. Raises ValueError for a wrong shape, stride,
     dtype or device.
@@ -82,8 +82,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     if x.stride(-1) != 1:
         raise ValueError("x: last dimension must be contiguous")
     parts = x.shape[0] if x.dim() == 3 else 1
-    if x.dim() == 3 and parts < 2:
-        raise ValueError(f"x: expected at least 2 parts, got {parts}")
+    if x.dim() == 3 and (parts < 2 or not x.is_contiguous()):
+        raise ValueError("x: parts must be two or more, and contiguous")
     tokens, hidden = x.shape[-2:]
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected [{hidden}], got {list(weight.shape)}")
@@ -106,7 +106,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
         weight,
         residual,
         y,
-        x.stride(0) if parts > 1 else 0,
+        tokens,
         x.stride(-2),
         residual.stride(0) if residual is not None else 0,
         y.stride(0),

@@ -130,17 +130,16 @@ class Decoder:
         return self.ops.linear(hidden, self.lm_head, None)
 
     def run_matmuls(self, num_rows: int) -> None:
-        """Run each kind of matmul on rows of zeros, so that its kernel for so many rows is compiled."""
+        """Run each kind of matmul on rows of zeros, and the norms that may find parts of one, so that their kernels for
+        so many rows are compiled."""
         layer = self.layers[0]
-        attention, mlp = layer.attention, layer.mlp
-        for run, linear in (
-            (attention.qkv, attention.qkv),
-            (attention.o, attention.o),
-            (mlp.gate_up.gated, mlp.gate_up),
-            (mlp.down, mlp.down),
-        ):
-            run(linear.weight.new_zeros(num_rows, linear.weight.shape[1]))
-        self.logits(self.lm_head.new_zeros(num_rows, self.config.hidden_size))
+        qkv, o, gate_up, down = layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
+        x, heads, gated = (linear.weight.new_zeros(num_rows, linear.weight.shape[1]) for linear in (qkv, o, down))
+        qkv(x)
+        layer.mlp_norm(o(heads), x)
+        gate_up.gated(x)
+        self.norms_after[0](down(gated), x)
+        self.logits(x)
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """`forward` for a small batch of decodes: norms, gates and additions are part of the matmuls."""

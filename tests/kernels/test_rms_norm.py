@@ -58,7 +58,8 @@ def test_no_tokens(device, dtype):
 
 
 @pytest.mark.parametrize(
-    "bad, name", [("shape", "weight"), ("dtype", "x"), ("stride", "x"), ("parts", "x"), ("residual", "residual")]
+    "bad, name",
+    [("shape", "weight"), ("dtype", "x"), ("stride", "x"), ("one part", "x"), ("parts", "x"), ("residual", "residual")],
 )
 def test_refuses_bad_arguments(device, bad, name):
     x, weight, residual = torch.randn(4, 64, device=device), torch.ones(64, device=device), None
@@ -66,8 +67,10 @@ def test_refuses_bad_arguments(device, bad, name):
         weight = weight[:-1]
     elif bad == "dtype":
         weight = weight.half()
-    elif bad == "parts":
+    elif bad == "one part":
         x = x[None]
+    elif bad == "parts":
+        x = torch.randn(4, 2, 64, device=device).transpose(0, 1)
     elif bad == "stride":
         x = torch.randn(64, 4, device=device).t()
     else:

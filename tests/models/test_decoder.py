@@ -6,6 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from minisgl.batch import Batch, KVCache
 from minisgl.kernels.attention_prefill import prefill_tiles, query_block
+from minisgl.kernels.rms_norm import rms_norm
+from minisgl.layers import rms_norm as norms
 from minisgl.layers.ops import FASTEST
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -132,3 +134,18 @@ def test_matmuls_in_parts(case, texts):
         torch.stack([expected[0][33], expected[1][-1]]),
     )
     assert len(numbers) == 4 * len(model.decoder.layers)
+
+
+def test_norms_of_parts_run_before_they_are_needed(tiny_model, monkeypatch):
+    """In `run_matmuls`, which has their kernels compiled."""
+    shapes = []
+
+    def note(x, weight, eps, residual=None):
+        shapes.append(tuple(x.shape))
+        return rms_norm(x, weight, eps, residual)
+
+    monkeypatch.setattr(norms, "rms_norm", note)
+    ops = FASTEST._replace(linear_parts=lambda x, weight, bias: torch.stack([x @ weight.t()] * 3))
+    decoder = PagedModel(tiny_model("qwen3"), ops=ops).decoder
+    decoder.run_matmuls(7)
+    assert shapes == [(3, 7, decoder.config.hidden_size)] * 2
