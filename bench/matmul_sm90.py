@@ -24,7 +24,7 @@ from minisgl.kernels.matmul_sm90 import (
 )
 from minisgl.kernels.silu_mul import silu_mul
 
-# Kind, N, K of qkv, o, gate and up, down of each model; and an LM head.
+# Kind, N, K of qkv, o, gate and up, down of each model.
 SHAPES = (
     (WHOLE, 4096, 1024),
     (PARTS, 1024, 2048),
@@ -34,7 +34,6 @@ SHAPES = (
     (PARTS, 4096, 4096),
     (GATED, 12288, 4096),
     (PARTS, 4096, 12288),
-    (WHOLE, 151936, 1024),
 )
 ROWS = (32, 64, 128, 192, 256)
 COPIES_BYTES = 256 << 20  # several times an L2 cache: in a graph of many launches too, weights come from memory

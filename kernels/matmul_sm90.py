@@ -74,7 +74,6 @@ class Tile(NamedTuple):
 TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
     "sm_90": {
         (WHOLE, 64, 8448): Tile(1, 64, 64, 0, 8),
-        (WHOLE, 64, ANY): Tile(1, 64, 128, 0, 8),
         (GATED, 64, 4224): Tile(1, 64, 64, 0, 8),
         (GATED, 64, 8448): Tile(1, 64, 128, 0, 8),
         (GATED, 64, 12672): Tile(1, 64, 128, 64, 4),

@@ -181,7 +181,7 @@ def test_many_rows_of_a_large_weight_fill_the_gpu_or_are_left_to_torch(monkeypat
 )
 def test_refuses_bad_arguments(name, change):
     x, weight, bias = make_problem(64, 128, 64, WHOLE, device="cpu")
-    arguments = {"x": x, "weight": weight, "bias": bias, "tile": TILES["sm_90"][WHOLE, 64, ANY], "kind": WHOLE}
+    arguments = {"x": x, "weight": weight, "bias": bias, "tile": TILES["sm_90"][WHOLE, 64, 8448], "kind": WHOLE}
     change(arguments)
     with pytest.raises(ValueError, match=f"^{name}:"):
         matmul_sm90(**arguments)
