@@ -37,7 +37,7 @@ SHAPES = (
 )
 ROWS = (32, 64, 128, 192, 256)
 COPIES_BYTES = 256 << 20  # several times an L2 cache: in a graph of many launches too, weights come from memory
-# By consumer groups and rows of each; which of them hold a bucket's rows in one tile or two.
+# By consumer groups and rows of each; those that hold a bucket's rows in up to four tiles are tried.
 BLOCKS = {
     (1, 64): ((64, 0, 8), (128, 0, 8), (128, 64, 4)),
     (2, 64): ((64, 0, 6), (128, 0, 6), (128, 64, 4), (256, 0, 4)),
@@ -113,7 +113,7 @@ def tunings(device: torch.device) -> Iterator[Tuning]:
         candidates = [
             Tile(groups, group_rows, *block)
             for (groups, group_rows), blocks in BLOCKS.items()
-            if groups * group_rows < rows + 64 and 2 * groups * group_rows >= rows
+            if groups * group_rows < rows + 64 and 4 * groups * group_rows >= rows
             for block in blocks
         ]
         if trials:

@@ -451,13 +451,14 @@ def matmul_sm90(
     else:
         y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     box = SMALL_BOX if tile.groups == 1 else tile.rows
+    check(rows >= box, f"x: expected at least {box} rows for this tile, got {rows}")
     memory = weight.data_ptr(), weight.dtype, weight.shape[0], inputs, weight.stride(0)
     blocks = cdiv(inputs, BLOCK_K.value)
     consumer_registers, registers = num_registers(tile)
     _matmul_sm90[programs](
         TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [box, BLOCK_K.value], LAYOUT.value),
         _weight_descriptor(*memory, tile.block_n, gated),
-        _weight_descriptor(*memory, tile.tail_n or tile.block_n, gated),
+        _weight_descriptor(*memory, tile.tail_n, gated) if tile.tail_n else None,
         bias,
         y,
         rows,

@@ -173,6 +173,7 @@ def test_many_rows_of_a_large_weight_fill_the_gpu_or_are_left_to_torch(monkeypat
 @pytest.mark.parametrize(
     "name, change",
     [
+        ("x", lambda a: a.update(x=a["x"][:31])),
         ("weight", lambda a: a.update(weight=a["weight"][:, :-8])),
         ("weight", lambda a: a.update(weight=a["weight"].half())),
         ("bias", lambda a: a.update(bias=a["bias"][1:])),
