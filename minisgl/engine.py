@@ -28,6 +28,7 @@ from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
 from minisgl.kernels.attention_decode import many_sequences
 from minisgl.kernels.launch import use_device, use_triton
 from minisgl.kernels.logits import edit_logits
+from minisgl.kernels.threaded_loading import allow_threaded_loading
 from minisgl.layers.ops import FASTEST, INVARIANT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -329,6 +330,7 @@ class Engine:
             self.model.run_matmuls(num_rows)
 
         borders = self.model.ops.linear_borders(self.dtype, self.device)
+        allow_threaded_loading()
         with (
             self.group.rehearsal(),
             ThreadPoolExecutor(COMPILE_THREADS, initializer=use_device, initargs=(self.device,)) as pool,
