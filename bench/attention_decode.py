@@ -2,8 +2,10 @@
 paged kernels of attention_baselines.py."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,29 +19,32 @@ from minisgl.kernels.paged import shuffled_page_table
 PAGE_SIZE, HEADS, KV_HEADS, HEAD_DIM = 64, 32, 8, 128
 # batch, context
 SHAPES = [(1, 1024), (1, 32768), (8, 4096), (32, 4096), (64, 2048), (128, 1024), (256, 1024), (16, 16384)]
+# batch, shortest and longest context, as evenly spread as requests that decode for a while; no dense batch is like that
+MIXED = [(256, 100, 1124), (128, 560, 1584), (48, 860, 1884)]
 
 
 def cases(device: torch.device) -> Iterator[Case]:
     for batch, context in SHAPES:
-        yield _case(batch, context, device)
+        dense_q = torch.randn(batch, HEADS, 1, HEAD_DIM, device=device, dtype=torch.bfloat16)
+        k, v = torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, device=device, dtype=torch.bfloat16).unbind()
+        sdpa = partial(F.scaled_dot_product_attention, dense_q, k, v, enable_gqa=True)
+        yield _case(str(context), [context] * batch, {"torch sdpa, dense": sdpa}, device)
+    for batch, shortest, longest in MIXED:
+        kv_lens = np.linspace(longest, shortest, batch).astype(int).tolist()
+        yield _case(f"{shortest} to {longest}", kv_lens, {}, device)
 
 
-def _case(batch: int, context: int, device: torch.device) -> Case:
-    step = _Step([context] * batch, HEAD_DIM, device)
-    dense_q = step.q[:, :, None].contiguous()  # [B, H, 1, D]
-    k, v = torch.randn(2, batch, KV_HEADS, context, HEAD_DIM, device=device, dtype=torch.bfloat16).unbind()
-
-    def sdpa() -> torch.Tensor:
-        return F.scaled_dot_product_attention(dense_q, k, v, enable_gqa=True)
-
+def _case(name: str, kv_lens: list[int], baselines: dict[str, Callable[[], object]], device: torch.device) -> Case:
+    step = _Step(kv_lens, HEAD_DIM, device)
+    batch, keys = len(kv_lens), sum(kv_lens)
     paged = paged_decode(step.q, step.k_cache, step.v_cache, step.page_table, step.kv_lens, HEAD_DIM**-0.5)
     return Case(
         op="attention_decode",
-        shape=f"{batch} x {context}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}",
+        shape=f"{batch} x {name}, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}",
         run=step.launch(),
-        baselines={"torch sdpa, dense": sdpa, **paged},
-        bytes_moved=2 * (2 * batch * HEADS + 2 * batch * context * KV_HEADS) * HEAD_DIM,
-        flops=4 * batch * HEADS * HEAD_DIM * context,
+        baselines={**baselines, **paged},
+        bytes_moved=2 * (2 * batch * HEADS + 2 * keys * KV_HEADS) * HEAD_DIM,
+        flops=4 * keys * HEADS * HEAD_DIM,
     )
 
 

@@ -8,10 +8,10 @@ Bound by memory: keys and values are read once, 4 K D bytes a key in bf16.
 One program reads one split of one sequence's keys for one KV head and serves all query heads of that KV head, packed as
 the rows of a matmul (padded to 16). A second launch combines the splits by their log-sum-exp; a sequence with a single
 split writes its output in the first. The grid is bounded by `max_kv_len`: programs past a sequence's last split leave
-at once, so one bound can be captured in a graph. For many sequences, a program reads a span of splits (see
-decode_splits.py) and merges them as it goes.
-The sizes of splits and spans depend on the sequence's own visible keys, never on the batch or on the grid, and they
-are merged in their order, so a sequence's result is the same bit for bit whatever runs beside it.
+at once, so one bound can be captured in a graph. Of many sequences, a program reads all splits of a short context and
+merges them as it goes (see decode_splits.py); these are best ordered by length, the longest first.
+Splits depend on the sequence's own visible keys, never on the batch or on the grid, and they are merged in their order,
+so a sequence's result is the same bit for bit whatever runs beside it.
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
 """
 
@@ -27,7 +27,7 @@ from minisgl.kernels.decode_splits import (
     finish_merge,
     max_parts_of,
     merge_split,
-    spans_of,
+    parts_of,
     splits_of,
 )
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
@@ -42,15 +42,16 @@ from minisgl.kernels.paged import (
 )
 from minisgl.kernels.rotary import Rotary, check_rotary, load_heads, rotary_store_reference, rotate_heads, store_kv
 
-# Pairs of sequence and KV head from which spans are read instead of splits: on an H200, with 32 / 8 heads, 59 sequences
-# of 1,399 keys take 89.2 us instead of 90.7, 112 of 1,105 129.4 instead of 133.3, 256 of 610 163.4 instead of 187.2.
-MANY = 470
+# Pairs of sequence and KV head that are many: they fill a GPU alone. On an H200, with 32 / 8 heads and the longest
+# first, 48 sequences of 1,384 keys take 74.7 us instead of 72.4, 80 of 1,274 100.4 instead of 107.9, 256 of 635 156.4
+# instead of 189.8. Just above 64 sequences of 8 KV heads, to which graphs pad as few as 33.
+MANY = 520
 PREFETCH_KEYS = tl.constexpr(256)
 PREFETCH_PROGRAMS = 1  # a multiprocessor: above, memory is busy without (16 x 560 loses 5%)
 
 
 def many_sequences(kv_heads: int) -> int:
-    """The number of sequences from which `attention_decode` reads spans, in another kernel."""
+    """The number of sequences from which `attention_decode` reads a short context in one program: another kernel."""
     return cdiv(MANY, kv_heads)
 
 
@@ -154,7 +155,7 @@ def _attention_decode_kernel(
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
     HAS_SHARED: tl.constexpr,  # the first shared_splits of a sequence are computed by `attention_cascade`
-    SPANS: tl.constexpr,  # a program reads a span and not a split; not with HAS_SHARED
+    IS_MANY: tl.constexpr,  # of sequences: a program reads a part of `parts_of` and not a split; not with HAS_SHARED
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -168,8 +169,8 @@ def _attention_decode_kernel(
     table_row = page_table_ptr + tl.load(rows_ptr + sequence).to(tl.int64) * page_table_stride
     first_key, keys_begin, split_size, num_parts = splits_of(kv_len, WINDOW, BLOCK_N)
     part_size = split_size
-    if SPANS:
-        part_size, num_parts = spans_of(kv_len, keys_begin, split_size)
+    if IS_MANY:
+        part_size, num_parts = parts_of(kv_len, keys_begin, split_size)
     begin = keys_begin + part * part_size
     end = tl.minimum(begin + part_size, kv_len)
     shared_splits = 0
@@ -208,7 +209,7 @@ def _attention_decode_kernel(
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
-    span_acc, span_max, span_sum = acc, row_max, row_sum  # of the span's splits before this one
+    part_acc, part_max, part_sum = acc, row_max, row_sum  # of the part's splits before this one
     next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         page = next_page
@@ -220,17 +221,17 @@ def _attention_decode_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         scores = tl.where(visible[None, :], scores, MASKED_SCORE)
         acc, row_max, row_sum = online_softmax(scores, v, acc, row_max, row_sum, scale_log2)
-        if SPANS:
+        if IS_MANY:
             following = start + BLOCK_N
             if ((following - keys_begin) % split_size == 0) | (following >= end):
                 partial, logsumexp = finish_merge(acc, row_max, row_sum)
-                span_acc, span_max, span_sum = merge_split(span_acc, span_max, span_sum, partial, logsumexp)
+                part_acc, part_max, part_sum = merge_split(part_acc, part_max, part_sum, partial, logsumexp)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
                 row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
                 row_sum = tl.zeros([BLOCK_G], tl.float32)
 
-    if SPANS:
-        acc, logsumexp = finish_merge(span_acc, span_max, span_sum)
+    if IS_MANY:
+        acc, logsumexp = finish_merge(part_acc, part_max, part_sum)
     else:
         acc, logsumexp = finish_merge(acc, row_max, row_sum)
     if num_parts <= 1:
@@ -252,7 +253,7 @@ def _combine_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPANS: tl.constexpr,
+    IS_MANY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -262,14 +263,14 @@ def _combine_kernel(
     sequence = tl.program_id(1).to(tl.int64)
     kv_len = tl.load(kv_lens_ptr + sequence)
     _, begin, split_size, num_parts = splits_of(kv_len, WINDOW, BLOCK_N)
-    if SPANS:
-        _, num_parts = spans_of(kv_len, begin, split_size)
+    if IS_MANY:
+        _, num_parts = parts_of(kv_len, begin, split_size)
     wait_for_previous_kernel(PDL)
     if num_parts <= 1:  # written by the first launch
         return
     combine_parts(
-        partial_ptr, logsumexp_ptr, out_ptr, sequence, tl.program_id(0), split_size, num_parts, max_parts,
-        HEADS, HEAD_DIM, SPANS, BLOCK_S, BLOCK_H, BLOCK_D,
+        partial_ptr, logsumexp_ptr, out_ptr, sequence, tl.program_id(0), num_parts, max_parts,
+        HEADS, HEAD_DIM, BLOCK_S, BLOCK_H, BLOCK_D,
     )  # fmt: skip
 
 
@@ -379,10 +380,10 @@ def _launch(
     _, page_size, kv_heads, _ = k_cache.shape
     tile = decode_tile(head_dim, q.device, q.dtype)
     block_d = max(16, next_power_of_2(head_dim))
-    if window or max_parts_of(max_kv_len, window, tile.block_n, spans=False) == 1:
+    if window or max_parts_of(max_kv_len, window, tile.block_n, many=False) == 1:
         cascade = None
-    spans = cascade is None and rotary is None and batch >= many_sequences(kv_heads)
-    max_parts = max_parts_of(max_kv_len, window, tile.block_n, spans)
+    many = cascade is None and rotary is None and batch >= many_sequences(kv_heads)
+    max_parts = max_parts_of(max_kv_len, window, tile.block_n, many)
     partial = torch.empty(batch, max_parts, heads, head_dim, dtype=torch.float32, device=q.device)
     logsumexp = torch.empty(batch, max_parts, heads, dtype=torch.float32, device=q.device)
     inputs = q, k_cache, v_cache, page_table, rows, kv_lens
@@ -413,7 +414,7 @@ def _launch(
         HAS_Q_NORM=rotary is not None and rotary.q_norm is not None,
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
         HAS_SHARED=cascade is not None,
-        SPANS=spans,
+        IS_MANY=many,
         PREFETCH=rotary is not None and launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -431,7 +432,7 @@ def _launch(
         HEADS=heads,
         HEAD_DIM=head_dim,
         WINDOW=window,
-        SPANS=spans,
+        IS_MANY=many,
         BLOCK_N=tile.block_n,
         BLOCK_D=block_d,
         **block,

@@ -1,13 +1,12 @@
 """How decode attention cuts a sequence's keys into splits, and a split into blocks, and how splits become one result:
 what its kernels share.
 
-A split's place and size follow from the sequence's own visible keys, never from the batch or the grid, so a sequence's
-result does not depend on what runs beside it, nor on which kernel computes a split. Short splits in turn form spans:
+A split's place and size follow from the sequence's own visible keys, never from the batch or the grid, and a result is
+the merge of its splits in their order, so it does not depend on what runs beside a sequence, nor on which kernel
+computes a split.
 
-    result = merge of its spans, each of which is the merge of its splits, in their order
-
-Few sequences have a program for each split, and spans are merged with everything else; many have a program for each
-span, which merges its splits in registers and writes a fraction of the intermediate results. The bits are the same.
+Few sequences have a program for each split. Of many, a short context has one for all of its splits, which merges them
+in registers and leaves nothing for others to add up. The bits are the same.
 """
 
 from typing import NamedTuple
@@ -25,9 +24,8 @@ LEAST_SPLIT = tl.constexpr(64)
 SHORT_SPLITS = tl.constexpr(8)
 SHORT_CONTEXT = tl.constexpr(4 * 64 * 8)
 LONG_SPLIT = tl.constexpr(1024)
-SPAN = tl.constexpr(512)  # keys; a longer split is a span of its own
 
-# Splits asked for together, heads of a program, and its warps: many small programs at once hide their chain of loads
+# Parts asked for together, heads of a program, and its warps: many small programs at once hide their chain of loads
 # (256 x 560 takes 0.1 ms a step more with 4 warps). The interpreter runs programs one after another.
 COMBINE = {"BLOCK_S": 8, "BLOCK_H": 2, "num_warps": 1}
 COMBINE_INTERPRETED = {"BLOCK_S": 2, "BLOCK_H": 16, "num_warps": 1}
@@ -83,9 +81,10 @@ def splits_of(kv_len, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def spans_of(kv_len, begin, split_size):
-    """(keys of a span, number of spans) of a sequence, from what `splits_of` says of it."""
-    size = tl.maximum(split_size, SPAN)
+def parts_of(kv_len, begin, split_size):
+    """(keys of a part, number of parts) of one of many sequences, from what `splits_of` says of it: a program reads a
+    part, which is a short context or a split of a long one."""
+    size = tl.where(split_size == LONG_SPLIT, LONG_SPLIT, SHORT_CONTEXT)
     return size, (kv_len - begin + size - 1) // size
 
 
@@ -99,13 +98,11 @@ def split_size(visible: int) -> int:
     return int(max(LEAST_SPLIT.value, next_power_of_2(max(visible, 1)) // SHORT_SPLITS.value))
 
 
-def max_parts_of(max_kv_len: int, window: int, block_n: int, spans: bool) -> int:
-    """The most splits, or spans, that a sequence of up to max_kv_len keys has; at least 1."""
+def max_parts_of(max_kv_len: int, window: int, block_n: int, many: bool) -> int:
+    """The most splits, or parts as one of many has, of a sequence of up to max_kv_len keys; at least 1."""
     visible = min(max_kv_len, window + block_n - 1) if window else max_kv_len
-    least = SPAN.value if spans else LEAST_SPLIT.value
-    longest = max(SHORT_CONTEXT.value // SHORT_SPLITS.value, least)  # of a short context
-    short: int = min(-(-visible // least), SHORT_CONTEXT.value // longest)
-    long: int = -(-visible // LONG_SPLIT.value)
+    short: int = 1 if many else min(-(-visible // LEAST_SPLIT.value), SHORT_SPLITS.value)
+    long: int = -(-visible // LONG_SPLIT.value) if visible > SHORT_CONTEXT.value else 1
     return max(short, long, 1)
 
 
@@ -134,12 +131,10 @@ def combine_parts(
     out_ptr,
     sequence,
     head_block,
-    split_size,
     num_parts,
     max_parts,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SPANS: tl.constexpr,  # the parts are spans; else splits
     BLOCK_S: tl.constexpr,  # parts that are asked for together
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -152,8 +147,6 @@ def combine_parts(
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     running_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    span_acc, span_max, span_total = acc, running_max, total
-    splits_per_span = tl.maximum(SPAN // split_size, 1)
     for start in range(0, num_parts, BLOCK_S):
         sums = ()
         partials = ()
@@ -165,19 +158,7 @@ def combine_parts(
             sums += (tl.load(logsumexp_ptr + slots, mask=stored, other=float("-inf")),)  # type: ignore[assignment]
             partials += (tl.load(values, mask=stored[:, None] & mask, other=0.0),)  # type: ignore[assignment]
         for place in tl.static_range(BLOCK_S):  # one after another; past the last, nothing is added
-            if SPANS:
-                acc, running_max, total = merge_split(acc, running_max, total, partials[place], sums[place])
-            else:
-                span_acc, span_max, span_total = merge_split(
-                    span_acc, span_max, span_total, partials[place], sums[place]
-                )
-                following = start + place + 1
-                if (following % splits_per_span == 0) | (following == num_parts):
-                    partial, logsumexp = finish_merge(span_acc, span_max, span_total)
-                    acc, running_max, total = merge_split(acc, running_max, total, partial, logsumexp)
-                    span_acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-                    span_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                    span_total = tl.zeros([BLOCK_H], tl.float32)
+            acc, running_max, total = merge_split(acc, running_max, total, partials[place], sums[place])
     out = out_ptr + (sequence * HEADS + heads)[:, None] * HEAD_DIM + dims[None, :]
     y, _ = finish_merge(acc, running_max, total)
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -38,7 +38,7 @@ log = logging.getLogger("minisgl")
 BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, *range(32, 256, 32), *range(256, 512, 64), *range(512, 4097, 128))
 # The grid of attention is made for contexts up to the bound: too large a bound launches many programs that leave at
 # once.
-CONTEXT_BOUNDS = (1024, 8192, 32768, 131072, 1 << 30)
+CONTEXT_BOUNDS = (2048, 4096, 8192, 16384, 32768, 131072, 1 << 30)
 
 # A step with chunks is padded to so many tokens, which cost as much as others do. One with more runs eagerly: there the
 # device takes longer than the host.

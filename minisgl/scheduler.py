@@ -14,6 +14,7 @@ Knows requests, pages and the prefix tree. Knows no tensors: it runs, and is tes
 
 from collections import deque
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +57,7 @@ class Chunk:
 class Step:
     """One forward pass: first the decoding requests, then the chunks, in the order every rank uses."""
 
-    decodes: list[Request] = field(default_factory=list)
+    decodes: list[Request] = field(default_factory=list)  # longest first
     chunks: list[Chunk] = field(default_factory=list)
     new_rows: list[Request] = field(default_factory=list)  # requests that got their row in this step
     page_updates: list[tuple[int, int, int]] = field(default_factory=list)  # (row, place in the row's table, page)
@@ -189,6 +190,7 @@ class Scheduler:
             request.length += 1
             request.num_pending += 1
             step.decodes.append(request)
+        step.decodes.sort(key=attrgetter("length"), reverse=True)  # attention is faster with the longest first
 
     # -- prefill --
 

@@ -39,6 +39,8 @@ class Device:
             self.page_table[row, place] = page
         for chunk in step.chunks:
             self.rows[chunk.request.row] = chunk.request.tokens[: chunk.start + chunk.count].tolist()
+        lengths = [request.length for request in step.decodes]
+        assert lengths == sorted(lengths, reverse=True)
         spans = [(r, r.length - 1, r.length, r.length - 1) for r in step.decodes]
         spans += [(c.request, c.start, c.start + c.count, c.store_from) for c in step.chunks]
         for request, start, end, store_from in spans:

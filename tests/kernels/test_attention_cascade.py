@@ -30,7 +30,7 @@ class Problem(NamedTuple):
     def workspace(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Poisoned partial and logsumexp, for one split more than the longest sequence has."""
         batch, heads, head_dim = self.q.shape
-        max_splits = splits.max_parts_of(int(self.kv_lens.max()), 0, 32, spans=False) + 1
+        max_splits = splits.max_parts_of(int(self.kv_lens.max()), 0, 32, many=False) + 1
         shape = (batch, max_splits, heads, head_dim)
         partial = torch.full(shape, float("nan"), dtype=dtype, device=self.q.device)
         return partial, torch.full_like(partial[..., 0], float("nan"))
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=0,
             BLOCK_G=module._block_rows(heads, kv_heads), BLOCK_N=tile.block_n,
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=False, HAS_Q_NORM=False, HAS_K_NORM=False,
-            HAS_SHARED=False, SPANS=False, PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            HAS_SHARED=False, IS_MANY=False, PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages,
             **dependent_launch(self.q.device),
         )  # fmt: skip
         return workspace

@@ -157,21 +157,23 @@ def test_the_bound_does_not_change_the_result(device, dtype, window):
     assert torch.equal(problem.launch(window), problem.launch(window, max_kv_len=5000))
 
 
-@pytest.mark.parametrize("spans", [False, True])
-def test_max_parts_bounds_every_length(spans):
+@pytest.mark.parametrize("many", [False, True])
+def test_max_parts_bounds_every_length(many):
     for window in (0, 1, 100, 3000):
         for block_n in (32, 64):
             for max_kv_len in (0, 1, 255, 256, 257, 2048, 2049, 4500, 9000):
-                bound = splits.max_parts_of(max_kv_len, window, block_n, spans)
+                bound = splits.max_parts_of(max_kv_len, window, block_n, many)
                 for kv_len in range(max_kv_len + 1):
                     begin = max(kv_len - window, 0) // block_n * block_n if window else 0
                     visible = kv_len - begin
-                    size = max(splits.split_size(visible), splits.SPAN.value if spans else 0)
+                    size = splits.split_size(visible)
+                    if many and visible <= splits.SHORT_CONTEXT.value:
+                        size = splits.SHORT_CONTEXT.value
                     assert -(-visible // size) <= bound
 
 
-def splits_and_spans(problem: Problem, monkeypatch: pytest.MonkeyPatch, window: int = 0) -> list[torch.Tensor]:
-    """What a program for each split makes, and one for each span."""
+def few_and_many(problem: Problem, monkeypatch: pytest.MonkeyPatch, window: int = 0) -> list[torch.Tensor]:
+    """What a program for each split makes, and one for each short context."""
     results = []
     for many in (1 << 60, 1):
         monkeypatch.setattr(module, "MANY", many)
@@ -192,13 +194,11 @@ def splits_and_spans(problem: Problem, monkeypatch: pytest.MonkeyPatch, window: 
         ([0, 0, 0], 2, 2, 16, 64, 0),
     ],
 )
-def test_spans_have_the_bits_of_splits(
-    device, dtype, monkeypatch, kv_lens, heads, kv_heads, head_dim, page_size, window
-):
+def test_many_have_the_bits_of_few(device, dtype, monkeypatch, kv_lens, heads, kv_heads, head_dim, page_size, window):
     problem = make_problem([max(length, 1) for length in kv_lens], heads, kv_heads, head_dim, page_size, device, dtype)
     problem.kv_lens.copy_(torch.tensor(kv_lens))
     problem.rows[problem.kv_lens == 0] = -(2**30)
-    found, expected = splits_and_spans(problem, monkeypatch, window)
+    found, expected = few_and_many(problem, monkeypatch, window)
     assert torch.equal(found, expected)
 
 
@@ -261,8 +261,6 @@ def test_every_architecture_has_a_tile_of_each_size(arch, monkeypatch):
     for head_dim in (16, 64, 80, 96, 128, 256):
         block_n = splits.decode_tile(head_dim, torch.device("cpu"), torch.bfloat16).block_n
         assert splits.LEAST_SPLIT.value % block_n == 0 and splits.LONG_SPLIT.value % block_n == 0
-    longest = splits.SHORT_CONTEXT.value // splits.SHORT_SPLITS.value
-    assert splits.SPAN.value % longest == 0 and splits.SHORT_CONTEXT.value % splits.SPAN.value == 0
 
 
 @pytest.mark.parametrize(
@@ -309,11 +307,11 @@ def test_every_tile_on_long_contexts(device, dtype, assert_close, page_size, hea
 @pytest.mark.parametrize("page_size", [16, 64, 256])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("window", [0, 3000])
-def test_every_tile_of_spans(device, dtype, monkeypatch, page_size, head_dim, window):
+def test_every_tile_of_many(device, dtype, monkeypatch, page_size, head_dim, window):
     lengths = [4096, 1, 100, 257, 0, 1000, 2048, 2049, *range(3, 2100, 17), 9000]
     problem = make_problem([max(length, 1) for length in lengths], 8, 2, head_dim, page_size, device, dtype)
     problem.kv_lens.copy_(torch.tensor(lengths))
-    found, expected = splits_and_spans(problem, monkeypatch, window)
+    found, expected = few_and_many(problem, monkeypatch, window)
     assert torch.equal(found, expected)
 
 
@@ -322,7 +320,7 @@ def test_every_tile_of_spans(device, dtype, monkeypatch, page_size, head_dim, wi
 def test_groups(device, dtype, assert_close, monkeypatch, group):
     problem = make_problem([1, 700, 3000], 2 * group, 2, 128, 64, device, dtype)
     assert_close(problem.launch(), problem.expected())
-    found, expected = splits_and_spans(problem, monkeypatch)
+    found, expected = few_and_many(problem, monkeypatch)
     assert torch.equal(found, expected)
 
 

@@ -12,15 +12,15 @@ from tests.kernels.arithmetic import arithmetic
 
 def launch() -> None:
     for case in (Case(torch.bfloat16, 128), Case(torch.float32, 64)):
-        split, span = case.compile_splits(), case.compile_spans()
-        assert arithmetic(split) == arithmetic(span), f"sums differ: {case.out.dtype}, {list(case.out.shape)}"
+        few, many = case.compile_few(), case.compile_many()
+        assert arithmetic(few) == arithmetic(many), f"sums differ: {case.out.dtype}, {list(case.out.shape)}"
     # Each other tile, page size, group and mode once: not each with each.
-    Case(torch.bfloat16, 64, page_size=16, window=4096).compile_spans()
+    Case(torch.bfloat16, 64, page_size=16, window=4096).compile_many()
     Case(torch.bfloat16, 80).compile_rotary()
-    Case(torch.float16, 256, page_size=256, heads=7, kv_heads=1).compile_splits()
-    Case(torch.bfloat16, 128, page_size=256, heads=128, kv_heads=1).compile_spans()
+    Case(torch.float16, 256, page_size=256, heads=7, kv_heads=1).compile_few()
+    Case(torch.bfloat16, 128, page_size=256, heads=128, kv_heads=1).compile_many()
     Case(torch.float32, 128).compile_rotary()
-    Case(torch.float32, 256).compile_splits()
+    Case(torch.float32, 256).compile_few()
     limit = SHARED_MEMORY[architecture(torch.device("cpu"))]
     for kernel in compiled():
         assert kernel.metadata.shared <= limit, f"{kernel.metadata.shared} bytes of shared memory; {limit} are there"
@@ -53,13 +53,13 @@ class Case:
         rotary = Rotary(torch.empty(9000, head_dim), norm, norm, 1e-6)
         attention_decode_rotary(self.qkv, *self.pages, rotary, **self.options)
 
-    def compile_splits(self) -> Any:
+    def compile_few(self) -> Any:
         q = self.qkv.unflatten(1, (-1, self.out.shape[2]))[:, : self.out.shape[1]]
         attention_decode(q, *self.pages, **self.options)
         return compiled()[-1]
 
-    def compile_spans(self) -> Any:
+    def compile_many(self) -> Any:
         many, module.MANY = module.MANY, 1
-        kernel = self.compile_splits()
+        kernel = self.compile_few()
         module.MANY = many
         return kernel
