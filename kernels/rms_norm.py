@@ -53,6 +53,11 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < HIDDEN
+    # The kernel before this one wrote x, but not the residual: see dependent_launch.py.
+    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    if HAS_RESIDUAL:
+        residual_row = residual_ptr + row * residual_stride + cols
+        residual = tl.load(residual_row, mask=mask, other=0.0, cache_modifier=".cg")
     wait_for_previous_kernel(PDL)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if PARTS > 1:
@@ -60,12 +65,10 @@ def _rms_norm_kernel(
             x += tl.load(x_ptr + part * num_tokens * HIDDEN + row * x_stride + cols, mask=mask, other=0.0)
         x = x.to(y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
-        residual_row = residual_ptr + row * residual_stride + cols
-        x = (x.to(tl.float32) + tl.load(residual_row, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(residual_row, x, mask=mask)
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
-    weight = tl.load(weight_ptr + cols, mask=mask, other=0.0)
     y = weight.to(tl.float32) * (wide * scale).to(x.dtype).to(tl.float32)
     tl.store(y_ptr + row * y_stride + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -74,6 +77,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first. Instead of x its
     parts  # [S, T, D] fp32, contiguous, S > 1.
 
+    The kernel just before may write x, but not the rest, which is read ahead (see dependent_launch.py).
     Returns y  # [T, D] in weight's dtype, which x without parts has too. Raises ValueError for a wrong shape, stride,
     dtype or device.
     """

@@ -163,8 +163,10 @@ def _rotary_store_kernel(
     heads = tl.arange(0, BLOCK_HEADS)
     dims = tl.arange(0, BLOCK_D)
     in_head = (dims < HEAD_DIM)[None, :]
-    wait_for_previous_kernel(PDL)
+    # The kernel before this one wrote qkv, but neither positions nor slots: see dependent_launch.py.
     table_row = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * HEAD_DIM
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    wait_for_previous_kernel(PDL)
     qkv_row = qkv_ptr + token * qkv_stride
 
     if tl.program_id(1) < Q_PROGRAMS:
@@ -176,7 +178,6 @@ def _rotary_store_kernel(
         tl.debug_barrier()  # q is rotated in place: all threads have their partners before one writes
         tl.store(q_ptr[:, None] + dims[None, :], q.to(qkv_ptr.dtype.element_ty), mask=is_head[:, None] & in_head)
     else:
-        slot = tl.load(slots_ptr + token).to(tl.int64)
         if slot >= 0:
             heads += (tl.program_id(1) - Q_PROGRAMS) * BLOCK_HEADS
             is_head = heads < NUM_KV_HEADS
@@ -238,6 +239,7 @@ def rotary_store(
     slots      # [T] int32, page * page_size + place in the page; -1: the KV is already stored, nothing is written
     k_cache, v_cache  # [P, page_size, K, D], contiguous, of qkv's dtype
 
+    The kernel just before may write qkv, but not positions and slots, which are read ahead (see dependent_launch.py).
     Returns q  # [T, H, D], a view of qkv. Raises ValueError for a wrong shape, stride, dtype or device.
     """
     num_heads = check_rotary(qkv, k_cache, v_cache, rotary)

@@ -120,7 +120,8 @@ class Decoder:
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
             x = layer.attention(x, batch, keys, values, self.cos_sin)
             if norm_after is self.norm and not batch.decodes_only:
-                x, residual = (rows.index_select(-2, batch.sample_index) for rows in (x, residual))  # [N, hidden]
+                # [N, hidden]; x last, which alone a norm may find written by the kernel before it
+                residual, x = (rows.index_select(-2, batch.sample_index) for rows in (residual, x))
             x = layer.mlp(layer.mlp_norm(x, residual))
             x = norm_after(x, residual)
         return x
