@@ -180,6 +180,7 @@ def _attention_decode_kernel(
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
     if PREFETCH:
         _prefetch_keys(k_ptr, v_ptr, table_row, begin, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM)
+    next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
     wait_for_previous_kernel(PDL)
     if (part >= tl.maximum(num_parts, 1)) | (part < shared_splits):  # the first of an empty (padded) row writes zeros
         return
@@ -210,7 +211,6 @@ def _attention_decode_kernel(
     row_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_G], tl.float32)
     part_acc, part_max, part_sum = acc, row_max, row_sum  # of the part's splits before this one
-    next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         page = next_page
         next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
