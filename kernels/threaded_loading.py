@@ -3,8 +3,7 @@
 Up to Triton 3.6, the launcher of a kernel is a C extension, and all of them have one name. CPython keeps one module for
 extensions of a name: what is loaded once more is put into the module that the last one left there. So when another
 thread loads its launcher before this one has read `launch` from the module, this thread's kernel goes through the
-other's launcher: an error about its arguments at best. Seen once in the many
-starts of a run of all tests.
+other's launcher: an error about its arguments at best. Seen once in the many starts of a run of all tests.
 """
 
 from functools import cache
