@@ -36,6 +36,7 @@ from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
     check_attention,
+    check_decode,
     load_block,
     load_page_ids,
     online_softmax,
@@ -297,7 +298,8 @@ def attention_decode(
     shared prefix together (see attention_cascade.py), in a launch of its own; not for windows. out  # [B, H, D]
     contiguous. Raises ValueError for a wrong shape, stride, dtype or device.
     """
-    _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
+    check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
+    check_decode(q, rows, max_kv_len)
     if not use_triton(q):
         out.copy_(
             attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window)
@@ -328,7 +330,8 @@ def attention_decode_rotary(
     heads = check_rotary(qkv, k_cache, v_cache, rotary)
     head_dim = k_cache.shape[3]
     q = qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
-    _check(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out)
+    check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
+    check_decode(q, rows, max_kv_len)
     if use_triton(qkv):
         _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary, None)
         return
@@ -338,25 +341,6 @@ def attention_decode_rotary(
     slots = torch.where(kv_lens > 0, pages * page_size + positions % page_size, -1)
     q = rotary_store_reference(qkv.clone(), positions, slots, k_cache, v_cache, rotary)
     out.copy_(attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window))
-
-
-def _check(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    page_table: torch.Tensor,
-    rows: torch.Tensor,
-    kv_lens: torch.Tensor,
-    max_kv_len: int,
-    scale: float,
-    window: int,
-    out: torch.Tensor,
-) -> None:
-    check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
-    if rows.shape[0] != q.shape[0]:
-        raise ValueError(f"rows: expected [{q.shape[0]}], got {list(rows.shape)}")
-    if max_kv_len < 0:
-        raise ValueError(f"max_kv_len: expected 0 or more, got {max_kv_len}")
 
 
 def _launch(

@@ -25,7 +25,7 @@ from minisgl.kernels.invariant_attention import (
     tile_of,
 )
 from minisgl.kernels.launch import cdiv, check, use_triton
-from minisgl.kernels.paged import LOG2_E, check_attention
+from minisgl.kernels.paged import LOG2_E, check_attention, check_decode
 
 COMBINE_HEADS = 2  # of a program
 COMBINE_WARPS = 1
@@ -165,8 +165,7 @@ def invariant_decode(
     result has the same bits in every batch, and from `invariant_prefill`."""
     check(cascade is None, "cascade: expected None")
     check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
-    check(rows.shape[0] == q.shape[0], f"rows: expected [{q.shape[0]}], got {list(rows.shape)}")
-    check(max_kv_len >= 0, f"max_kv_len: expected 0 or more, got {max_kv_len}")
+    check_decode(q, rows, max_kv_len)
     batch, heads, head_dim = q.shape
     if not use_triton(q):
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=q.device)

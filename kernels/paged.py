@@ -141,6 +141,14 @@ def check_attention(
         raise ValueError(f"window: expected 0 (none) or a positive number of tokens, got {window}")
 
 
+def check_decode(q: torch.Tensor, rows: torch.Tensor, max_kv_len: int) -> None:
+    """The same of what decode attention has beside them."""
+    if rows.shape[0] != q.shape[0]:
+        raise ValueError(f"rows: expected [{q.shape[0]}], got {list(rows.shape)}")
+    if max_kv_len < 0:
+        raise ValueError(f"max_kv_len: expected 0 or more, got {max_kv_len}")
+
+
 def _is_size(size: int, wanted: int | None) -> bool:
     return wanted is None or size == wanted
 

@@ -16,8 +16,11 @@ from triton.runtime import build
 
 @cache
 def allow_threaded_loading() -> None:
-    """Have each of Triton's loads in this process give back what that load found, whatever is loaded after it."""
-    load, lock = build._load_module_from_path, Lock()
+    """Have each of Triton's loads in this process give back what that load found, whatever is loaded after it. A Triton
+    without the function that is replaced here loads in another way, and is left alone."""
+    load, lock = getattr(build, "_load_module_from_path", None), Lock()
+    if load is None:
+        return
 
     def load_alone(name: str, path: str) -> Any:
         with lock:

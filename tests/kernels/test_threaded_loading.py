@@ -53,3 +53,12 @@ def test_it_is_done_once():
     load = build._load_module_from_path
     allow_threaded_loading()
     assert build._load_module_from_path is load
+
+
+def test_a_triton_that_loads_otherwise_is_left_alone(monkeypatch):
+    allow_threaded_loading.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.delattr(build, "_load_module_from_path")
+        allow_threaded_loading()
+        assert not hasattr(build, "_load_module_from_path")
+    allow_threaded_loading.cache_clear()
