@@ -12,7 +12,6 @@ from minisgl.bench.harness import Case
 from minisgl.bench.tuning import Tuning
 from minisgl.kernels.matmul_sm90 import (
     GATED,
-    MIN_ROWS,
     PARTS,
     TILES,
     WHOLE,
@@ -108,7 +107,7 @@ def tunings(device: torch.device) -> Iterator[Tuning]:
             weights = _weights(kind, outputs, inputs, device)
             if find_tile(x[:, :inputs], weights[0], kind) is not tiles[bucket]:
                 continue  # one of fewer outputs
-            for some in {max(fewest, MIN_ROWS), rows}:
+            for some in {fewest, rows}:
                 trials[f"{some} x {inputs} -> {outputs}"] = partial(_launch, x[:some, :inputs], weights, kind)
         candidates = [
             Tile(groups, group_rows, *block)

@@ -62,7 +62,7 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if PARTS > 1:
         for part in tl.static_range(1, PARTS):
-            x += tl.load(x_ptr + part * num_tokens * HIDDEN + row * x_stride + cols, mask=mask, other=0.0)
+            x += tl.load(x_ptr + (part * num_tokens + row) * x_stride + cols, mask=mask, other=0.0)
         x = x.to(y_ptr.dtype.element_ty)
     if HAS_RESIDUAL:
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)

@@ -4,6 +4,7 @@ import torch
 from minisgl.kernels import invariant_matmul as module
 from minisgl.kernels import launch
 from minisgl.kernels.invariant_matmul import invariant_matmul, invariant_matmul_reference, split_inputs
+from tests.kernels.matmul_problems import check_chain_of_matmuls, make_problem
 from tests.kernels.ordered_dot import ordered_dot  # noqa: F401 (a fixture)
 
 HAS_GPU = torch.cuda.is_available()
@@ -35,13 +36,6 @@ def small_splits(monkeypatch):
     """Splits of a hundred inputs, for matrices that the interpreter can do."""
     monkeypatch.setattr(module, "MIN_SPLIT", 64)
     monkeypatch.setattr(module, "SPLIT_STEP", 256 if HAS_GPU else 32)
-
-
-def make_problem(rows, outputs, inputs, device, dtype):
-    """x  # [M, K], weight  # [N, K], bias  # [N], of sums near 1."""
-    x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    weight = torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5
-    return x, weight, torch.randn(outputs, device=device, dtype=dtype)
 
 
 def expected(x, weight, bias=None):
@@ -158,25 +152,5 @@ def test_numbers_of_very_different_size(device):
 
 
 @pytest.mark.gpu
-def test_repeats_in_a_graph(device):
-    """A chain through shared buffers: a launch that read or wrote too early would change the result."""
-    shapes = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
-    weights = [make_problem(1, *shape, device, torch.bfloat16)[1] for shape in shapes * 7]
-    start = torch.randn(4, 1024, device=device, dtype=torch.bfloat16)
-    x = torch.empty_like(start)
-
-    def chain():
-        x.copy_(start)
-        y = x
-        for weight in weights:
-            y = invariant_matmul(y[:, : weight.shape[1]], weight)
-        x.copy_(y)
-
-    chain()
-    expected_x = x.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain()
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(x, expected_x)
+def test_waits_for_the_kernels_before_it():
+    check_chain_of_matmuls(invariant_matmul, 4)

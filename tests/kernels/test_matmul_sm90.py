@@ -17,6 +17,8 @@ from minisgl.kernels.matmul_sm90 import (
     row_borders,
 )
 from minisgl.kernels.rms_norm import rms_norm
+from tests.kernels import matmul_problems
+from tests.kernels.matmul_problems import check_chain
 
 HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
@@ -37,11 +39,7 @@ def poisoned_output(monkeypatch):
 
 
 def make_problem(rows, outputs, inputs, kind, dtype=torch.bfloat16, device="cuda"):
-    """x  # [M, K], weight  # [N, K] or [2N, K], bias, of sums near 1."""
-    outputs *= 1 + (kind == GATED)
-    x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    weight = torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5
-    return x, weight, torch.randn(outputs, device=device, dtype=dtype)
+    return matmul_problems.make_problem(rows, outputs * (1 + (kind == GATED)), inputs, device, dtype)
 
 
 def expected(x, weight, bias, kind):
@@ -93,7 +91,6 @@ def test_a_row_reads_no_other(kind, most_rows, most_outputs, tile):
 @needs_sm90
 @pytest.mark.parametrize("rows", [32, 64, 128, 192, 256])
 def test_waits_for_the_kernels_before_it(rows):
-    """A chain through shared buffers, in a graph: a kernel that read or wrote too early would change the result."""
     hidden, inner, dtype, device = 1024, 3072, torch.bfloat16, torch.device("cuda")
     layers = [(make_problem(1, inner, hidden, GATED)[1], make_problem(1, hidden, inner, PARTS)[1]) for _ in range(12)]
     norm = torch.ones(hidden, dtype=dtype, device=device)
@@ -111,14 +108,7 @@ def test_waits_for_the_kernels_before_it(rows):
             after_each()
         out.copy_(x)
 
-    chain(torch.cuda.synchronize)
-    one_by_one = out.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(lambda: None)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(out, one_by_one)
+    check_chain(chain, out)
 
 
 def test_which_tile():

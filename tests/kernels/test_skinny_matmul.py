@@ -13,6 +13,7 @@ from minisgl.kernels.skinny_matmul import (
     skinny_matmul_reference,
     stream_reference,
 )
+from tests.kernels.matmul_problems import check_chain_of_matmuls, make_problem
 
 HAS_GPU = torch.cuda.is_available()
 EPS = 1e-6
@@ -39,13 +40,6 @@ def poisoned_output(monkeypatch):
         return torch.full(shape, float("nan"), **options)
 
     monkeypatch.setattr(module.torch, "empty", empty)
-
-
-def make_problem(rows, outputs, inputs, device, dtype):
-    """x  # [M, K], weight  # [N, K], bias  # [N], of sums near 1."""
-    x = torch.randn(rows, inputs, device=device, dtype=dtype)
-    weight = torch.randn(outputs, inputs, device=device, dtype=dtype) / inputs**0.5
-    return x, weight, torch.randn(outputs, device=device, dtype=dtype)
 
 
 def expected(x, weight, bias=None):
@@ -102,29 +96,8 @@ def test_a_row_does_not_depend_on_its_neighbours_or_their_number(device, dtype, 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a stream")
 @pytest.mark.parametrize("rows", [1, 4])
-def test_waits_for_the_kernels_before_it(device, rows):
-    """A chain through shared buffers, in a graph: a kernel that read or wrote too early would change the result."""
-    shapes = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
-    weights = [make_problem(1, *shape, device, torch.bfloat16)[1] for shape in shapes * 7]
-    start = torch.randn(rows, 1024, device=device, dtype=torch.bfloat16)
-    x = torch.empty_like(start)
-
-    def chain(after_each):
-        x.copy_(start)
-        y = x
-        for weight in weights:
-            y = skinny_matmul(y[:, : weight.shape[1]], weight)
-            after_each()
-        x.copy_(y)
-
-    chain(torch.cuda.synchronize)
-    one_by_one = x.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        chain(lambda: None)
-    for _ in range(20):
-        graph.replay()
-        assert torch.equal(x, one_by_one)
+def test_waits_for_the_kernels_before_it(rows):
+    check_chain_of_matmuls(skinny_matmul, rows)
 
 
 def make_stream(rows, hidden, device, dtype) -> tuple[Stream, torch.Tensor]:
