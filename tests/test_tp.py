@@ -1,6 +1,10 @@
 """The whole engine on several ranks, on CPUs: the answers of one rank, and an end for all when one fails."""
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 from minisgl import LLM, MinisglError, SamplingParams
 from minisgl.worker import LeadingEngine
@@ -79,6 +83,23 @@ def test_answers_are_those_of_one_rank(folder, expected, tp, overlap):
     for found, of_one in zip(numbers, expected[2:], strict=True):
         assert found == pytest.approx(of_one, rel=1e-4, abs=1e-5)  # another order of the sums
     assert [process.returncode for process in processes] == [0] * (tp - 1)
+
+
+def logprobs_of_examples(dtype, tp=1):
+    """Of all prompt tokens that the demo model is asked with in the README's first command."""
+    lines = (Path(__file__).parents[1] / "examples" / "prompts.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
+    with LLM(device="cpu", dtype=dtype, tp=tp) as llm:
+        results = llm.generate(texts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    return torch.tensor([one.logprob for result in results for one in result.prompt_logprobs if one])
+
+
+def test_bfloat16_is_as_near_to_float32_at_any_number_of_ranks():
+    """Within the tolerance that the README names."""
+    expected = logprobs_of_examples("float32")
+    for tp in (1, 2, 4):
+        errors = (logprobs_of_examples("bfloat16", tp) - expected).abs()
+        assert errors.max() < 0.3 and errors.mean() < 0.05, tp
 
 
 def test_deterministic_ranks(folder):
