@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from minisgl.errors import MinisglError
 from minisgl.processes import FAILED, OF_REPLICA, Followers, Meeting, is_of_torchrun
@@ -85,8 +85,10 @@ class Watch:
         """Tell the first rank why this one ends; last, where it may be because another one did."""
         if not is_out_of_memory(error) and not isinstance(error, MinisglError):
             self._known.wait(REPORT_S)
-        with suppress(RuntimeError):  # no first rank is left to hear it
+        try:
             self._store.set(f"failed/{self.place.rank}", describe(error))
+        except RuntimeError:  # no first rank is left to hear it
+            self.fail("rank 0 is gone")
 
     def _run(self) -> None:
         number = 0
@@ -144,10 +146,10 @@ class Watch:
             if self._known.is_set():
                 return
             self.failure = failure
-            self._known.set()
-        if self.place.rank != 0:
             if self.place.rank == 1 and OF_REPLICA not in os.environ:  # one line, and not one of each rank
                 self.say(failure)
+            self._known.set()  # last: who waits for it may end the process at once
+        if self.place.rank != 0:
             os._exit(FAILED)
         if self._busy and not self._told.wait(EXPLAIN_S) and self._busy:
             if self._followers:
