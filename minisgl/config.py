@@ -93,7 +93,9 @@ class EngineConfig:
     load_format: str = option("auto", "auto reads safetensors; dummy draws random weights.", choices=("auto", "dummy"))
     max_len: int | None = option(None, "Longest prompt plus output, in tokens. [default: the model's context]", low=2)
     max_running: int = option(256, "Most requests that run at once.", low=1, high=65536)
-    max_step_tokens: int = option(8192, "Most tokens in one forward pass; longer prompts run in chunks.", low=1)
+    # 66 tiles of 128 rows: what a matmul makes of them, 128 x 256 outputs each, comes out even on Hopper's 132
+    # multiprocessors. On an H200, Qwen3-8B takes prompts 1% faster than with 8,192.
+    max_step_tokens: int = option(8448, "Most tokens in one forward pass; longer prompts run in chunks.", low=1)
     page_size: int = option(64, "Tokens in one KV page: a power of two.", low=16, high=256)
     max_graph_batch: int = option(
         512, "Largest decode batch that is captured in a CUDA graph; 0 runs every step eagerly.", low=0, high=4096

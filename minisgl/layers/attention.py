@@ -42,9 +42,11 @@ class Attention:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         cos_sin: torch.Tensor,
-    ) -> torch.Tensor:
-        """x  # [T, hidden] -> this rank's part of [T, hidden], or parts of it. Stores the keys and values of the batch
-        in this layer's k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D] fp32."""
+        residual: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """x, residual  # [T, hidden] -> what is to be added to the residual, as from `SummedLinear`. Stores the keys
+        and values of the batch in this layer's k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D]
+        fp32."""
         qkv = self.qkv(x)
         out = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, self._rotary(cos_sin))
@@ -77,7 +79,7 @@ class Attention:
                 window=self.window,
                 out=out,
             )
-        return self.o(out.flatten(1))
+        return self.o(out.flatten(1), residual)
 
     def decode(
         self,

@@ -55,11 +55,12 @@ class SummedLinear:
         self.weight = empty(out_features, inputs.size)
         self.bias = empty(out_features) if bias else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x  # [T, I] -> this rank's part of y  # [T, O], or, of one rank alone, parts  # [S, T, O] fp32; the norm that
-        reads y adds the parts up."""
-        multiply = self.ops.linear_parts if self.group.size == 1 else self.ops.linear
-        return multiply(x, self.weight, self.bias)
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+        """x  # [T, I] -> this rank's part of y  # [T, O]; or, of one rank alone, parts  # [S, T, O] fp32, or None where
+        y is added to the residual  # [T, O] already. The norm that reads both adds what is returned."""
+        if self.group.size == 1:
+            return self.ops.add_linear(residual, x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
     def into_stream(self, stream: Stream, x: torch.Tensor, norm: RMSNorm) -> Stream:
         """Add y of x  # [M, I] to the stream, which `norm` reads next; M is small."""

@@ -20,9 +20,9 @@ class MLP:
         self.gate_up = Linear(empty, hidden, {"gate_proj": shard.mlp, "up_proj": shard.mlp}, ops, bias=bias)
         self.down = SummedLinear(empty, shard.mlp, "down_proj", hidden, group, ops, bias=bias)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x  # [T, hidden] -> this rank's part of [T, hidden], or parts of it."""
-        return self.down(self.gate_up.gated(x))
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
+        """x, residual  # [T, hidden] -> what is to be added to the residual, as from `SummedLinear`."""
+        return self.down(self.gate_up.gated(x), residual)
 
     def decode(self, stream: Stream, norm_after: RMSNorm) -> Stream:
         """The same for few tokens, added to the stream that `norm_after` reads."""

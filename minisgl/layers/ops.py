@@ -20,18 +20,19 @@ from minisgl.kernels.launch import hopper_module
 from minisgl.kernels.silu_mul import silu_mul
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of x, weight and bias
+AddLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
 
 
 class Ops(NamedTuple):
     """The functions' arguments are those of the kernels below.
 
-    linear: y = x W^T + b. gated: silu(first half of y) * second half. linear_parts: y, or parts of it
-    # [S, M, N] fp32, which `rms_norm` adds up.
+    linear: y = x W^T + b. gated: silu(first half of y) * second half. add_linear: add y to the residual, its first
+    argument, in place; or return what the norm that reads both has to add: y, or parts of it  # [S, M, N] fp32.
     """
 
     linear: Linear
     gated: Linear
-    linear_parts: Linear
+    add_linear: AddLinear
     linear_borders: Callable[[torch.dtype, torch.device], list[int]]  # numbers of rows above which it is compiled anew
     attention_decode: Callable[..., None]
     attention_prefill: Callable[..., None]
@@ -60,9 +61,22 @@ def _fastest_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return silu_mul(_fastest_linear(x, weight, bias)) if y is None else y
 
 
-def _fastest_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _fastest_added(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
     y = _on_hopper(x, weight, bias, "parts")
-    return _fastest_linear(x, weight, bias) if y is None else y
+    if y is not None:
+        return y
+    if bias is not None or beats_torch(x.shape[0], weight):
+        return _fastest_linear(x, weight, bias)
+    residual.addmm_(x, weight.t())
+    return None
+
+
+def _invariant_added(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return invariant_matmul(x, weight, bias)
 
 
 def _invariant_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -80,7 +94,7 @@ def _fastest_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
 FASTEST = Ops(
     linear=_fastest_linear,
     gated=_fastest_gated,
-    linear_parts=_fastest_parts,
+    add_linear=_fastest_added,
     linear_borders=_fastest_borders,
     attention_decode=attention_decode,
     attention_prefill=attention_prefill,
@@ -90,7 +104,7 @@ FASTEST = Ops(
 INVARIANT = Ops(
     linear=invariant_matmul,
     gated=_invariant_gated,
-    linear_parts=invariant_matmul,
+    add_linear=_invariant_added,
     linear_borders=row_borders,
     attention_decode=invariant_decode,
     attention_prefill=invariant_prefill,

@@ -14,10 +14,13 @@ class RMSNorm:
         self.weight = empty(size)
         self.eps = eps
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x, residual  # [T, D] -> [T, D]. With a residual: adds x, or its parts  # [S, T, D], to it in place and
-        normalises the sum."""
-        return rms_norm(x, self.weight, self.eps, residual)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, D]."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """The same of the residual  # [T, D], to which x, or its parts  # [S, T, D], are added in place first."""
+        return self(residual) if x is None else rms_norm(x, self.weight, self.eps, residual)
 
     def targets(self) -> dict[str, Target]:
         return {"weight": Target.uncut(self.weight)}
@@ -30,8 +33,7 @@ class SummedRMSNorm(RMSNorm):
         super().__init__(empty, size, eps)
         self.group = group
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x, residual  # [T, D] -> [T, D]. With a residual x is a part, and may be overwritten."""
-        if residual is None:
-            return super().__call__(x)
+    def of_sum(self, x: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """x is this rank's part of the sum, and may be overwritten."""
+        assert x is not None
         return self.group.sum_and_norm(x, residual, self.weight, self.eps)

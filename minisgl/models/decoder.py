@@ -118,12 +118,13 @@ class Decoder:
         residual = self.embed(batch.input_ids)  # [T, hidden]
         x = self.layers[0].attention_norm(residual)
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
-            x = layer.attention(x, batch, keys, values, self.cos_sin)
+            added = layer.attention(x, batch, keys, values, self.cos_sin, residual)
             if norm_after is self.norm and not batch.decodes_only:
-                # [N, hidden]; x last, which alone a norm may find written by the kernel before it
-                residual, x = (rows.index_select(-2, batch.sample_index) for rows in (residual, x))
-            x = layer.mlp(layer.mlp_norm(x, residual))
-            x = norm_after(x, residual)
+                residual = residual.index_select(0, batch.sample_index)  # [N, hidden]
+                if added is not None:  # last: it alone may be written by the kernel before the norm
+                    added = added.index_select(-2, batch.sample_index)
+            added = layer.mlp(layer.mlp_norm.of_sum(added, residual), residual)
+            x = norm_after.of_sum(added, residual)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -137,9 +138,9 @@ class Decoder:
         qkv, o, gate_up, down = layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
         x, heads, gated = (linear.weight.new_zeros(num_rows, linear.weight.shape[1]) for linear in (qkv, o, down))
         qkv(x)
-        layer.mlp_norm(o(heads), x)
+        layer.mlp_norm.of_sum(o(heads, x), x)
         gate_up.gated(x)
-        self.norms_after[0](down(gated), x)
+        self.norms_after[0].of_sum(down(gated, x), x)
         self.logits(x)
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:

@@ -121,13 +121,13 @@ def test_matmuls_in_parts(case, texts):
     folder, expected = case
     numbers = []
 
-    def in_parts(x, weight, bias):
+    def in_parts(residual, x, weight, bias):
         first = x.shape[1] // 3
         parts = FASTEST.linear(x[:, :first], weight[:, :first], bias), x[:, first:] @ weight[:, first:].t()
         numbers.append(len(parts))
         return torch.stack(parts)
 
-    model = PagedModel(folder, ops=FASTEST._replace(linear_parts=in_parts))
+    model = PagedModel(folder, ops=FASTEST._replace(add_linear=in_parts))
     model.step(prefill=[(1, texts[0][:33])], sample_chunks=False)
     assert_equal_logits(
         model.step(decode=[(1, texts[0][33:34])], prefill=[(0, texts[1])]),
@@ -145,7 +145,7 @@ def test_norms_of_parts_run_before_they_are_needed(tiny_model, monkeypatch):
         return rms_norm(x, weight, eps, residual)
 
     monkeypatch.setattr(norms, "rms_norm", note)
-    ops = FASTEST._replace(linear_parts=lambda x, weight, bias: torch.stack([x @ weight.t()] * 3))
+    ops = FASTEST._replace(add_linear=lambda residual, x, weight, bias: torch.stack([x @ weight.t()] * 3))
     decoder = PagedModel(tiny_model("qwen3"), ops=ops).decoder
     decoder.run_matmuls(7)
     assert shapes == [(3, 7, decoder.config.hidden_size)] * 2
