@@ -9,6 +9,7 @@ Writes trace.json (open it in https://ui.perfetto.dev or chrome://tracing) and k
 Knows torch's profiler. Does not know what a step is: the caller says when one ended.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ class StepTrace:
             self._num_traced = self._done - self._first
             if self._num_traced:
                 self._profiler.export_chrome_trace(str(self.folder / "trace.json"))
-                table = kernel_table(self._profiler.key_averages(), seconds, self._num_traced, self._device.type)
+                table = kernel_table(self._profiler.events(), seconds, self._num_traced, self._device.type)
                 (self.folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")
             self._profiler = None
         if not self._num_traced:
@@ -84,18 +85,23 @@ def trace(folder: str | Path, device: torch.device, *, skip: int = 0, steps: int
     step_done.finish()
 
 
-def kernel_table(averages: Any, seconds: float, num_steps: int, device_type: str) -> str:
-    """Kernels (on a CPU: operators) by time per step, from a profiler's `key_averages()` of steps that took `seconds`.
+def kernel_table(events: Any, seconds: float, num_steps: int, device_type: str) -> str:
+    """Kernels (on a CPU: operators) by time per step, from a profiler's `events()` of steps that took `seconds`.
 
-    Kernels may overlap, so their sum can pass the wall time; what it falls short of is time the device waited.
+    A kernel that starts while others run, to be ready when they end (see kernels/dependent_launch.py), counts from
+    where they end: what the sum falls short of the wall time is time the device waited.
     """
     on_gpu = device_type == "cuda"
-    rows = [
-        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-        for event in averages
-        if event.device_type.name == device_type.upper()
-    ]
-    rows.sort(reverse=True)
+    time_us: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    ended = 0.0
+    of_device = (event for event in events if event.device_type.name == device_type.upper())
+    for event in sorted(of_device, key=lambda event: event.time_range.start):
+        alone = event.time_range.end - max(event.time_range.start, ended)
+        time_us[event.name] += max(0.0, alone) if on_gpu else event.self_cpu_time_total
+        counts[event.name] += 1
+        ended = max(ended, event.time_range.end)
+    rows = [(us, counts[name], name) for name, us in time_us.most_common()]
     wall_us, busy_us = seconds * 1e6 / num_steps, sum(us for us, _, _ in rows) / num_steps
     what = "kernels" if on_gpu else "operators"
     lines = [

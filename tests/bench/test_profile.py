@@ -45,15 +45,21 @@ def test_the_error_of_a_step_is_the_one_that_shows(tmp_path: Path) -> None:
 
 
 def test_kernels_by_time_per_step() -> None:
-    def event(key: str, us: float, count: int, device: DeviceType = DeviceType.CUDA) -> SimpleNamespace:
-        return SimpleNamespace(key=key, count=count, device_type=device, self_device_time_total=us)
+    def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CUDA) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end))
 
-    events = [event("norm", 100, 4), event("matmul", 500, 2), event("a launch", 9e9, 9, DeviceType.CPU)]
-    lines = kernel_table(events, 2000e-6, 2, "cuda").splitlines()
-    assert lines[0] == "2 steps of 1,000 us; kernels take 300 us of each (30%)"
-    assert [line.split() for line in lines[2:]] == [
-        ["250.0", "25.0%", "1.0", "matmul"],
-        ["50.0", "5.0%", "2.0", "norm"],
+    kernels = [
+        event("matmul", 500, 700),
+        event("norm", 100, 200),
+        event("matmul", 150, 400),  # launched early: it waits for the norm
+        event("norm", 550, 650),  # beside a longer one
+        event("a launch", 0, 9e9, DeviceType.CPU),
     ]
-    many = [event(f"k{place}", 10, 1) for place in range(33)]
+    lines = kernel_table(kernels, 2000e-6, 2, "cuda").splitlines()
+    assert lines[0] == "2 steps of 1,000 us; kernels take 250 us of each (25%)"
+    assert [line.split() for line in lines[2:]] == [
+        ["200.0", "20.0%", "1.0", "matmul"],
+        ["50.0", "5.0%", "1.0", "norm"],
+    ]
+    many = [event(f"k{place}", 10 * place, 10 * place + 10) for place in range(33)]
     assert kernel_table(many, 1, 1, "cuda").splitlines()[-1].split()[-2:] == ["3", "others"]
