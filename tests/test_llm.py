@@ -76,23 +76,25 @@ def test_greedy_tokens_equal_transformers(folder, name, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name, dtype, limit", [*((name, "bfloat16", 5e-2) for name in NAMES), ("qwen3", "float16", 1e-2)]
+    "name, dtype, limit", [*((name, "bfloat16", 5e-2) for name in NAMES), ("qwen3", "float16", 5e-3)]
 )
 def test_narrow_logits_are_near_transformers(folder, monkeypatch, name, dtype, limit):
-    """Relative error of the logits against transformers in fp32: three layers of roundings to 8 (11) bits."""
+    """Relative error of the logits against transformers in fp32: three layers of roundings to 8 (11) bits. Of all
+    prompts together: that of one is by chance up to twice as large."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32).eval()
-    prompt = prompts_of_all_kinds()[2]
+    prompts = prompts_of_all_kinds()
     with torch.inference_mode():
-        expected = model(torch.tensor([prompt])).logits[0, -1]
-    seen = []
-    with LLM(folder(name), device="cuda", **{**SMALL, "dtype": dtype}, num_pages=40) as llm:
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+    seen, logits = [], []
+    with LLM(folder(name), device="cuda", **{**SMALL, "dtype": dtype}, num_pages=40, max_graph_batch=0) as llm:
         forward = llm.core.engine.model.forward
         monkeypatch.setattr(llm.core.engine.model, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
-        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
-    logits = seen[-1][-1].float().cpu()
-    assert (logits - expected).norm() / expected.norm() < limit
+        for prompt in prompts:
+            llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
+            logits.append(seen[-1][-1].float().cpu())
+    assert (torch.stack(logits) - expected).norm() / expected.norm() < limit
 
 
 @pytest.mark.interpreter
