@@ -84,6 +84,7 @@ class MinisglEngine:
         self.device = torch.device(self.llm.config.device)  # the first of them
         self.dtype = self.llm.config.dtype
         self._options = options
+        self._preemptions = 0  # in the last run
 
     def run(self, workload: Workload, with_times: bool = False) -> Outcome:
         token_times: list[list[float]] = [[] for _ in workload.prompts] if with_times else []
@@ -95,10 +96,12 @@ class MinisglEngine:
                 times += [now] * (request.num_output - len(times))
 
         self.llm.reset_prefix_cache()
+        preempted_before = self.llm.core.stats().preemptions
         started = time.perf_counter()
         requests += self.submit(workload)
         self.drain(note_times if with_times else None)
         seconds = time.perf_counter() - started
+        self._preemptions = self.llm.core.stats().preemptions - preempted_before
         cached_tokens = sum(request.cached_tokens for request in requests)
         return Outcome(seconds, sum(request.num_output for request in requests), cached_tokens, token_times)
 
@@ -134,8 +137,7 @@ class MinisglEngine:
     def facts(self) -> dict[str, Any]:
         options = {name: value for name, value in self._options.items() if name != "device"}
         config = self.llm.config
-        preemptions = self.llm.core.stats().preemptions
-        return {"num_devices": config.tp * config.dp, "preemptions": preemptions, "options": options}
+        return {"num_devices": config.tp * config.dp, "preemptions": self._preemptions, "options": options}
 
     def __enter__(self) -> "MinisglEngine":
         return self

@@ -69,13 +69,14 @@ def ceilings(device: torch.device) -> Ceilings:
 
 
 def commit() -> str | None:
-    """The commit of this checkout; where there is no .git, what MINISGL_COMMIT says, or None."""
+    """The commit of this checkout, with "-dirty" behind it where files have changed since; where there is no .git, what
+    MINISGL_COMMIT says, or None."""
     if "MINISGL_COMMIT" in os.environ:
         return os.environ["MINISGL_COMMIT"]
     if not (ROOT / ".git").exists():
         return None
     try:
-        command = ["git", "rev-parse", "--short", "HEAD"]
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

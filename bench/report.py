@@ -36,7 +36,8 @@ published shapes: speed does not depend on their values. To repeat them, with `-
 on the same token ids, lengths and temperature; mini-sglang with FA3 for prefill and FlashInfer for decode. Their
 figures are in [results/peers.jsonl](results/peers.jsonl). The floor is the least time the device could take, by the
 formula in [floors.py](floors.py), at the best rates that were measured: {copy:,.0f} GB/s of copies and {matmul:,.0f}
-TFLOP/s of bf16 matmuls. Ratios are of speed: where the figure is seconds, theirs / ours.
+TFLOP/s of bf16 matmuls. Ratios are of speed: where the figure is seconds, theirs / ours. "of 2" behind the smallest and
+largest: of two repeats only.
 """
 TRANSFORMERS = """
 The same work through transformers' continuous batching (`--baseline transformers`), which anyone can repeat:
@@ -286,7 +287,8 @@ def _spread(one: Comparison, row: Row | None) -> str:
         return ""
     in_seconds = FIGURES[one.workload][0] == "seconds"
     each = sorted(one_s if in_seconds else figure * row["seconds"] / one_s for one_s in row["seconds_all"])
-    return f"{_number(each[0])} .. {_number(each[-1])}"
+    few = f" of {len(each)}" if len(each) < 3 else ""
+    return f"{_number(each[0])} .. {_number(each[-1])}{few}"
 
 
 def _origin(row: Row | None) -> tuple[str, str]:

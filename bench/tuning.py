@@ -49,6 +49,7 @@ def tune(ops: list[str], device: str | torch.device, path: Path) -> None:
             raise MinisglError(f"no tiles to tune for the op {op!r}: known are {', '.join(tunable)}")
     device = open_gpu(device, "--tune")
     tables = _read(path)
+    _write(path, tables)  # a path that cannot be written should fail now
     name = architecture(device)
     for op in ops or tunable:
         best = {}
@@ -58,7 +59,7 @@ def tune(ops: list[str], device: str | torch.device, path: Path) -> None:
                 raise MinisglError(f"no candidate tile of {op} for {tuning.bucket} works on {name}")
             best[tuning.bucket] = tile
             tables.setdefault(name, {}).setdefault(op, {})[str(tuning.bucket)] = tile._asdict()
-            path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")  # what was found survives Ctrl-C
+            _write(path, tables)  # what was found survives Ctrl-C
         entries = ", ".join(f"{bucket}: Tile({', '.join(map(str, tile))})" for bucket, tile in best.items())
         print(f'{op}, for kernels/{op}.py:\n    "{name}": {{{entries}}},\n', flush=True)
     print(path)
@@ -100,6 +101,11 @@ def using(table: dict[str, dict[Any, Any]], architecture: str, bucket: Any, tile
             del table[architecture]
         else:
             table[architecture] = before
+
+
+def _write(path: Path, tables: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -131,8 +131,14 @@ def load(name: str, model: Path | Encoder, vocab_size: int) -> Workload:
         row = parser.parse(Record(index, f"line {index + 1}", line))
         if isinstance(row, BadRow):
             raise MinisglError(f"{name}, {row.head.place}: {row.error.message}")
-        prompts.append(reader.ids(row))
-        output_lens.append(row.params.max_tokens or FILE_OUTPUT_LEN)
+        if row.n > 1 or row.chat_options or row.params.truncate_prompt_tokens:
+            raise MinisglError(
+                f"{name}, {row.head.place}: a bench asks each prompt once and as it is: leave out n, tools, "
+                "chat_template_kwargs and truncate_prompt_tokens"
+            )
+        asked = reader.ids(row)
+        prompts += asked
+        output_lens += [row.params.max_tokens or FILE_OUTPUT_LEN] * len(asked)
     if not prompts:
         raise MinisglError(f"{name} has no rows to measure")
     return Workload(prompts, output_lens)
@@ -155,10 +161,8 @@ class _PromptReader:
     def _encoder(self) -> Encoder:
         return Tokenizer(self._model) if isinstance(self._model, Path) else self._model
 
-    def ids(self, row: Row) -> list[int]:
-        if row.prompt_token_ids is not None:
-            return list(row.prompt_token_ids)
+    def ids(self, row: Row) -> list[list[int]]:
+        """Of each prompt of the row."""
         if row.messages is not None:
-            return self._encoder.apply_chat_template(row.messages)
-        assert row.prompt is not None
-        return self._encoder.encode(row.prompt)
+            return [self._encoder.apply_chat_template(row.messages)]
+        return [self._encoder.encode(one) if isinstance(one, str) else list(one) for one in row.prompts]

@@ -65,6 +65,7 @@ class EngineCore(Core):
         )
         self.min_jump = MIN_JUMP
         self._in_flight: deque[InFlight] = deque()  # oldest first
+        self._progressed: list[Request] = []  # got a token that no call of `step` has told yet
 
     @property
     def num_unfinished(self) -> int:
@@ -104,6 +105,8 @@ class EngineCore(Core):
         if not request.retired:
             request.finish_reason = request.finish_reason or "abort"
             self.scheduler.retire(request)
+        elif request in self._progressed:
+            self._progressed.remove(request)
 
     def abort_all(self) -> None:
         for request in [*self.scheduler.waiting, *self.scheduler.running]:
@@ -120,11 +123,12 @@ class EngineCore(Core):
     def step(self) -> list[Request]:
         """Launch one forward pass and handle the results of the one before it (with `overlap`; else of the same one);
         returns the requests that got a token, of which those with a finish_reason have ended. When this raises, no
-        result is lost: all requests are queued again. A step that does not fit into the device's memory is such a
-        failure, and makes later steps smaller instead of raising."""
+        result is lost: all requests are queued again, and those that got a token are returned by the next call. A step
+        that does not fit into the device's memory is such a failure, and makes later steps smaller instead of
+        raising."""
         try:
             with self.engine.watched():
-                return self._step()
+                self._step()
         except BaseException as error:
             while self._in_flight:
                 self.scheduler.roll_back(self._in_flight.pop().step)
@@ -142,9 +146,10 @@ class EngineCore(Core):
                 self.engine.device,
                 self.scheduler.max_step_tokens,
             )
-            return []
+        progressed, self._progressed = self._progressed, []
+        return progressed
 
-    def _step(self) -> list[Request]:
+    def _step(self) -> None:
         step = self.scheduler.schedule()
         launched = InFlight(step) if step.num_tokens else None
         if launched:
@@ -153,14 +158,12 @@ class EngineCore(Core):
             launched.forward = self.engine.forward(step, masked=masked)
             if not masked:
                 launched.results = StepResults(launched.forward)
-        progressed = []
         while len(self._in_flight) > (1 if launched else 0):
-            progressed += self._finish(self._in_flight[0])
+            self._finish(self._in_flight[0])
         if launched and launched.results is None:
             launched.results = StepResults(self._sample_masked(launched))
         if launched and not self.config.overlap:
-            progressed += self._finish(launched)
-        return progressed
+            self._finish(launched)
 
     def _sample_masked(self, launched: InFlight) -> Forward:
         """Sample a step whose forward pass runs, within the grammars of its requests."""
@@ -174,7 +177,7 @@ class EngineCore(Core):
         fill_masks(matchers, masks)
         return self.engine.sample(launched.forward, masks, mask_of)
 
-    def _finish(self, oldest: InFlight) -> list[Request]:
+    def _finish(self, oldest: InFlight) -> None:
         """Hand out a step's tokens and retire the requests that end with them."""
         assert oldest.results is not None
         if self.while_waiting and oldest.step.chunks:  # without chunks, a step is short
@@ -195,7 +198,7 @@ class EngineCore(Core):
                 self._advance(request, request.matcher)
             if request.finish_reason:
                 self.scheduler.retire(request)
-        return progressed
+        self._progressed += progressed
 
     def _advance(self, request: Request, matcher: Matcher) -> None:
         """Go on in a request's grammar by its last token; append the tokens that must come next, if they are many."""

@@ -384,6 +384,8 @@ class LLM:
         output, rest = self._outputs.pop(request, None), ""
         if output:
             text, rest = output.finish()
+            if output.stopped and request.finish_reason == "length":
+                request.finish_reason = "stop"
         elif self._tokenizer:
             text = self._tokenizer.decode(ids[:-1] if ids and ids[-1] in request.stop_ids else ids, skip)
         else:

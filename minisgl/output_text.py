@@ -46,6 +46,11 @@ class OutputText:
             self.deltas.append(Delta(text, new, logprobs))
         return self._detokenizer.stopped
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string cut the text: the last may show only when no more tokens come."""
+        return self._detokenizer.stopped
+
     def finish(self) -> tuple[str, str]:
         """(the whole text, what no delta has of it yet)."""
         rest = self._detokenizer.finish()

@@ -1,5 +1,6 @@
 """The whole engine against transformers: greedy tokens of small random models, however the work is cut up."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -389,6 +390,68 @@ def test_a_step_too_large_for_the_memory_makes_steps_smaller(folder, monkeypatch
         monkeypatch.setattr(llm.core.engine, "forward", never)
         with pytest.raises(MinisglError, match="smallest step"):
             llm.generate(prompts, GREEDY)
+
+
+ONE_MASKED = (
+    ["What is 2 + 3?", "Name a city."],
+    [
+        SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+        SamplingParams(temperature=0, max_tokens=9, response_format={"type": "regex", "regex": "[a-z]{9}"}),
+    ],
+)
+
+
+@pytest.mark.parametrize("failing", [2, 4, 5, 7])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_a_step_that_fails_when_it_is_sampled_loses_no_result(monkeypatch, failing, error):
+    """The step before it, whose tokens were handed out by then, ends a request."""
+    with LLM(device="cpu", **SMALL) as llm:
+        expected = [result.token_ids for result in llm.generate(*ONE_MASKED)]
+        sample, calls = llm.core.engine.sample, []
+
+        def sample_or_fail(*args):
+            calls.append(args)
+            if len(calls) == failing:
+                raise error("no memory")
+            return sample(*args)
+
+        monkeypatch.setattr(llm.core.engine, "sample", sample_or_fail)
+        requests = [
+            llm.new_request(llm.tokenizer.encode(text), own, index=index)
+            for index, (text, own) in enumerate(zip(*ONE_MASKED, strict=True))
+        ]
+        llm.submit(requests)
+        ended = []
+        for _ in range(40):
+            with contextlib.suppress(RuntimeError):
+                ended += llm.step()
+        assert sorted((request.index, result.token_ids) for request, result in ended) == list(enumerate(expected))
+
+
+def test_a_request_that_is_given_up_after_a_failure_is_not_told_later(monkeypatch):
+    """Its result waits for the next call, which is another job's."""
+    with LLM(device="cpu", **SMALL) as llm:
+        sample, calls = llm.core.engine.sample, []
+
+        def fail_once(*args):
+            calls.append(args)
+            if len(calls) == 5:
+                raise RuntimeError("broken")
+            return sample(*args)
+
+        monkeypatch.setattr(llm.core.engine, "sample", fail_once)
+        with pytest.raises(RuntimeError, match="broken"):
+            llm.generate(*ONE_MASKED)
+        assert len(llm.generate(["Hi", "Ho"], SamplingParams(temperature=0, max_tokens=2))) == 2
+
+
+def test_a_stop_string_that_shows_when_no_more_tokens_come():
+    with LLM(device="cpu", **SMALL) as llm:
+        half = next(token for token in range(1000) if llm.tokenizer.decode([token]) == "\ufffd")
+        [result] = llm.generate(
+            [[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True, logit_bias={half: 100}, stop=["\ufffd"])
+        )
+        assert (result.text, result.finish_reason, result.token_ids) == ("", "stop", [half] * 3)
 
 
 def test_a_step_that_fails_leaves_the_engine_usable(folder, monkeypatch):

@@ -1,6 +1,8 @@
 """The harness with a clock that is given: what is measured needs a GPU, what is made of it does not."""
 
 import json
+import re
+import subprocess
 from collections.abc import Callable
 from importlib import import_module
 
@@ -70,6 +72,20 @@ def test_commit_is_none_outside_a_checkout(monkeypatch, tmp_path):
     assert environment(CPU)["commit"] is None
     (tmp_path / ".git").write_text("not a repository")
     assert environment(CPU)["commit"] is None
+
+
+def test_commit_says_that_files_have_changed(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    (tmp_path / "a").write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "a"], [*who, "commit", "-q", "-m", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = harness.commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    (tmp_path / "b").write_text("a new file is no change")
+    assert harness.commit() == clean
+    (tmp_path / "a").write_text("2")
+    assert harness.commit() == f"{clean}-dirty"
 
 
 def test_write_rows_appends(tmp_path):

@@ -102,6 +102,17 @@ def test_tune_writes_and_merges(gpu: Kernel, tmp_path: Path, capsys: pytest.Capt
     assert '"sm_90": {64: Tile(5, 4)},' in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_written_fails_before_anything_is_measured(
+    gpu: Kernel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        tune([], "auto", tmp_path / "file" / "tiles.json")
+    assert not capsys.readouterr().out
+    tune([], "auto", tmp_path / "new" / "tiles.json")
+    assert "sm_90" in json.loads((tmp_path / "new" / "tiles.json").read_text())
+
+
 def test_what_cannot_be_tuned(gpu: Kernel, tmp_path: Path) -> None:
     with pytest.raises(MinisglError, match="'embedding': known are rms_norm"):
         tune(["embedding"], "auto", tmp_path / "tiles.json")

@@ -66,15 +66,23 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
         '{"prompt": "What is 2 + 3?", "max_tokens": 5, "temperature": 0}\n\n'
         '{"messages": [{"role": "user", "content": "Hi"}]}\n'
         '{"prompt_token_ids": [5, 6, 7], "max_tokens": 9}\n'
+        '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": [[8], [9, 9]]}}\n'
     )
     work = load(str(path), MODEL_PATH, 1024)
-    assert work.output_lens == [5, FILE_OUTPUT_LEN, 9]
-    assert work.prompts[2] == [5, 6, 7] and all(work.prompts)
+    assert work.output_lens == [5, FILE_OUTPUT_LEN, 9, FILE_OUTPUT_LEN, FILE_OUTPUT_LEN]
+    assert work.prompts[2:] == [[5, 6, 7], [8], [9, 9]] and all(work.prompts)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('{"prompt": "a"}\n{"prompt": 3}\n', r"p\.jsonl, line 2: "), ("\n", "has no rows"), ("{", "line 1: ")],
+    [
+        ('{"prompt": "a"}\n{"prompt": 3}\n', r"p\.jsonl, line 2: "),
+        ("\n", "has no rows"),
+        ("{", "line 1: "),
+        ('{"prompt": "a", "n": 2}', "line 1: a bench asks each prompt once"),
+        ('{"prompt": "a", "truncate_prompt_tokens": 1}', "leave out n, tools"),
+        ('{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"b": 1}}', "chat_template_kwargs"),
+    ],
 )
 def test_a_file_that_cannot_be_measured(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
