@@ -89,7 +89,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )
 @click.option("--system", metavar="TEXT", help="A system message for rows that have none; makes prompts user messages.")
 @click.option("--columns", metavar="A,B", callback=_names, help="Columns to carry over. [default: all others]")
-@click.option("--limit", type=click.IntRange(1), help="Answer the first N rows only.", metavar="N")
+@click.option("--limit", type=click.IntRange(1, sys.maxsize), help="Answer the first N rows only.", metavar="N")
 @click.option(
     "--shard", metavar="I/N", default="1/1", callback=_shard, help="Answer the I-th of N parts, for `minisgl merge`."
 )

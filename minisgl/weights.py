@@ -122,10 +122,14 @@ def _check_complete(folder: Path, targets: dict[str, Target], sources: dict[str,
         for name, shape in shapes.items()
         if shape != targets[name].shape
     ]
+    types = {name: sources[name].get_slice(name).get_dtype() for name in shapes}
     problems = {
         "missing": [name for name in targets if name not in sources],
         "unexpected": [name for name in sources if name not in targets],
         "of the wrong shape": wrong,
+        "of a type other than BF16, F16 and F32": [
+            f"{name} is {kind}" for name, kind in types.items() if kind not in ("BF16", "F16", "F32")
+        ],
     }
     found = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in problems.items() if names]
     if found:

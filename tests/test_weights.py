@@ -127,6 +127,13 @@ def test_what_does_not_fit_is_named_at_once(folder):
     assert decoder.embed.weight.isnan().all()  # nothing was copied
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.float64])
+def test_tensors_that_are_no_weights_are_refused(folder, dtype):
+    change(folder, model__norm__weight=torch.ones(100).to(dtype))
+    with pytest.raises(MinisglError, match="1 of a type other than BF16, F16 and F32 .model.norm.weight is "):
+        load_weights(new_decoder(folder), folder)
+
+
 def test_long_lists_are_cut(folder):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 5}))

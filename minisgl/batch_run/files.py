@@ -15,10 +15,19 @@ from minisgl.errors import MinisglError
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well, durably; else `path` stays as it was.
+    """A file that takes the place of `path` when the block ends well, durably; else `path` stays as it was. A link
+    stays one, and a pipe or a device is written to.
 
     MinisglError when it cannot be written.
     """
+    if is_stream(path):
+        try:
+            with path.open("wb") as stream:
+                yield stream
+        except OSError as error:
+            raise write_failure(str(path), error) from error
+        return
+    path = Path(os.path.realpath(path))
     draft = path.with_name(path.name + ".tmp")
     try:
         with draft.open("w+b") as file:

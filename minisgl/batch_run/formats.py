@@ -78,28 +78,32 @@ def read_json(file: BinaryIO) -> Rows:
         return
     index = -1
     try:
-        for index, element in enumerate(_elements(io.TextIOWrapper(buffered, encoding="utf-8-sig"))):
-            yield index, element.encode("utf-8", "surrogatepass")
+        # What is no UTF-8 becomes halves of surrogate pairs and itself again, so that only its own row is refused.
+        text = io.TextIOWrapper(buffered, encoding="utf-8-sig", errors="surrogateescape")
+        for index, element in enumerate(_elements(text)):
+            yield index, element.encode("utf-8", "surrogateescape")
+    except RecursionError:
+        raise MinisglError(f"element {index + 2:,} of the JSON array is nested too deeply: repair it") from None
     except ValueError as error:
         raise MinisglError(f"the JSON array breaks off after {index + 1:,} elements ({error}): repair it") from error
 
 
 def _elements(file: TextIO) -> Iterator[str]:
     """The text of each element of a JSON array; ValueError where it is not JSON. Reads as far as the next element."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(parse_int=str, parse_float=str).raw_decode  # where an element ends is all that counts
     text, separator = file.read(CHUNK_CHARS), "["
     while True:
         text = text.lstrip()
         if not text and not (text := file.read(CHUNK_CHARS).lstrip()):
             raise ValueError("it does not end")
         if text[0] == "]" and separator == ",":
-            return
+            return _check_nothing_more(text[1:], file)
         if text[0] != separator:
             raise ValueError(f"{separator} expected")
         rest = text[1:].lstrip()
         while True:
             if separator == "[" and rest.startswith("]"):
-                return
+                return _check_nothing_more(rest[1:], file)
             try:
                 _, end = decode(rest)
                 failure = None
@@ -113,6 +117,13 @@ def _elements(file: TextIO) -> Iterator[str]:
             rest = (rest + more).lstrip()
         yield rest[:end]
         text, separator = rest[end:], ","
+
+
+def _check_nothing_more(text: str, file: TextIO) -> None:
+    while not text.strip():
+        if not (text := file.read(CHUNK_CHARS)):
+            return
+    raise ValueError("there is text after its end")
 
 
 def read_csv(file: BinaryIO) -> Rows:
@@ -153,7 +164,7 @@ def _cell(name: str, text: str) -> Any:
     if name in ("n", "messages", "prompt_token_ids") or (name in PARAMETERS and name not in SOURCES):
         try:
             return json.loads(text) if text else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return text
 

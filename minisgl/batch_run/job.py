@@ -74,6 +74,11 @@ class Job:
 
     def __init__(self, options: JobOptions):
         self.options = options
+        if "" in options.inputs or options.output == "":
+            what = "-o" if options.output == "" else "an input"
+            raise MinisglError(
+                f"{what} is an empty name, as of a variable that is not set: name a file, or - for a pipe"
+            )
         self.target = options.output or default_output(options.inputs, options.shard)
         if options.fresh and options.retry_errors:
             raise MinisglError("give --fresh or --retry-errors, not both: the first throws away what the second keeps")

@@ -39,6 +39,7 @@ CHAT_KEYS = (*TOOL_KEYS, "chat_template_kwargs")
 KEYS = ("id", "n", *SOURCES, *PARAMETERS, *CHAT_KEYS)
 UNSUPPORTED = ("stream", "top_logprobs")
 MAX_SAMPLES = 128
+MAX_DEPTH = 200  # lists and objects in each other; Python writes no more than some 900, less the deeper it is itself
 NEARLY = 0.8  # difflib's ratio from which a key counts as a misspelt one
 MAX_MESSAGE_CHARS = 500  # error messages quote values, and a value can be megabytes
 
@@ -146,12 +147,28 @@ def refuse(message: str, type: str = "invalid_row") -> NoReturn:
 # -- reading JSON --
 
 
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether there are more than `depth` lists and objects in each other."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, (dict, list)) for one in level)
+
+
 def load_json(line: bytes) -> Any:
     """The value of a line; RefusedRow for what is not one JSON value in UTF-8. NaN and infinities are read."""
     if line.startswith(codecs.BOM_UTF8):  # that of a file is gone; this one stands between two that were joined
         refuse("not JSON: a byte order mark at position 1", "invalid_json")
     try:
-        return _DECODER.decode(line.decode("utf-8"))
+        value = _DECODER.decode(line.decode("utf-8"))
+        if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+            raise RecursionError
+        return value
     except UnicodeDecodeError as error:
         refuse(f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}", "invalid_json")
     except json.JSONDecodeError as error:

@@ -5,6 +5,7 @@ Knows the JSON layouts of transformers 4 (`rope_theta`, `rope_scaling`, `torch_d
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -69,7 +70,7 @@ class ModelConfig:
             return cls.from_dict(raw)
         except MinisglError:
             raise
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
             raise MinisglError(f"{path} has a value of a wrong type ({error}); download the model again") from error
 
     @classmethod
@@ -108,7 +109,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             intermediate_size=_size(given, "intermediate_size"),
-            rms_norm_eps=float(given.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=max(_size(given, "max_position_embeddings"), stretched_len),
             rope=rope,
             tie_word_embeddings=bool(given.get("tie_word_embeddings", False)),
@@ -129,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MinisglError(f"cannot read {path}: {error.strerror}; a model folder must hold it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MinisglError(f"{path} is not valid JSON ({error}); download the model again") from error
     if not isinstance(value, dict):
         raise MinisglError(f"{path} does not hold a JSON object; download the model again")
@@ -147,6 +148,8 @@ def token_ids(raw: dict[str, Any], key: str) -> tuple[int, ...]:
 
 def _family(raw: dict[str, Any]) -> Family:
     names = raw.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise MinisglError(f"config.json: architectures is {names!r}; it must be a list of names")
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
@@ -167,10 +170,17 @@ def _refuse_unsupported(given: dict[str, Any]) -> None:
 
 def _size(given: dict[str, Any], key: str, default: int | None = None) -> int:
     value = given.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
         state = "missing" if value is None else f"{value!r}"
-        raise MinisglError(f"config.json: {key} is {state}; it must be a positive integer")
+        raise MinisglError(f"config.json: {key} is {state}; it must be a positive integer below 2^31")
     return value
+
+
+def _positive(key: str, value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise MinisglError(f"config.json: {key} is {value!r}; it must be a positive number")
+    return number
 
 
 def _flag(given: dict[str, Any], bias: bool | str) -> bool:
@@ -219,18 +229,18 @@ def _rope(given: dict[str, Any]) -> tuple[RopeConfig, int]:
     if rotated != 1:
         raise MinisglError(f"config.json: partial_rotary_factor {rotated} is not supported; it must be 1")
 
-    theta = float(entries.get("rope_theta", given.get("rope_theta", 10000.0)))
+    theta = _positive("rope_theta", entries.get("rope_theta", given.get("rope_theta", 10000.0)))
     if kind == "default":
         return RopeConfig(theta=theta), 0
     max_len = _size(given, "max_position_embeddings")
     stated_len = given.get("original_max_position_embeddings", entries.get("original_max_position_embeddings"))
     original_len = stated_len or max_len
     if kind == "yarn":
-        factor = entries.setdefault("factor", max_len / original_len)
+        factor = _positive("factor", entries.get("factor", max_len / original_len))
         rope = RopeConfig(
             kind,
             theta,
-            float(factor),
+            factor,
             original_len,
             beta_fast=float(entries.get("beta_fast") or 32),
             beta_slow=float(entries.get("beta_slow") or 1),
@@ -242,7 +252,7 @@ def _rope(given: dict[str, Any]) -> tuple[RopeConfig, int]:
         return rope, round(original_len * factor) if stated_len else 0
     if "factor" not in entries:
         raise MinisglError(f"config.json: rope type {kind!r} needs a factor")
-    factor = float(entries["factor"])
+    factor = _positive("factor", entries["factor"])
     if kind == "linear":
         return RopeConfig(kind, theta, factor), 0
     low, high = (entries.get(f"{band}_freq_factor") for band in ("low", "high"))

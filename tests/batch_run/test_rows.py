@@ -101,6 +101,7 @@ def test_text_parts_are_joined() -> None:
         (b'{"prompt": "x", "temperature": -Infinity}', "invalid_parameter", "from 0 to 100"),
         (b'{"prompt": "x", "seed": 1' + b"0" * 5000 + b"}", "invalid_json", "digits"),
         (b"[" * 200_000, "invalid_json", "nested"),
+        (b'{"prompt": "x", "deep": ' + b"[" * 500 + b"]" * 500 + b"}", "invalid_json", "nested"),
         (b'{"prompt": "\\ud83d"}', "invalid_prompt", "surrogate"),
         (b"[1, 2]", "invalid_row", "not a list"),
         (b"null", "invalid_row", "not null"),

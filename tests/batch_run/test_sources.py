@@ -106,6 +106,29 @@ def test_a_json_array_that_breaks_off(tmp_path: Path) -> None:
         values(path)
 
 
+@pytest.mark.parametrize("behind", [b"[1]", b" x", b"\n" * 300_000 + b"[]"])
+@pytest.mark.parametrize("array", [b"[]", b'[{"prompt": "x"}]'])
+def test_text_behind_a_json_array_is_not_lost(tmp_path: Path, array: bytes, behind: bytes) -> None:
+    assert len(values(write(tmp_path / "rows.json", array + b" \n"))) == len(json.loads(array))
+    with pytest.raises(MinisglError, match="there is text after its end"):
+        values(write(tmp_path / "rows.json", array + behind))
+
+
+def test_bad_elements_of_a_json_array_stay_alone(tmp_path: Path) -> None:
+    good, digits = b'{"prompt": "x"}', b'{"prompt": "y", "seed": ' + b"1" * 5000 + b"}"
+    path = write(tmp_path / "rows.json", b"[" + b", ".join([good, digits, b'"\xff"', good]) + b"]")
+    with path.open("rb") as file:
+        assert [value for _, value in formats.read_json(cast(Any, file))] == [good, digits, b'"\xff"', good]
+    deep = b"[" * 5000 + b"]" * 5000
+    with pytest.raises(MinisglError, match="element 2 of the JSON array is nested too deeply"):
+        values(write(tmp_path / "rows.json", b"[1, " + deep + b"]"))
+
+
+def test_a_cell_that_is_nested_too_deeply_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", b"prompt,stop\na," + b"[" * 50_000 + b"\nb,x\n")
+    assert [value["prompt"] for value in values(path)] == ["a", "b"]
+
+
 def test_bad_rows_of_a_table_stay_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.csv", b"\xef\xbb\xbfprompt,max_tokens\na,5\nb\nc\xff,6\n\nd,7,8\ne,\nf,many\n")
     found = values(path)

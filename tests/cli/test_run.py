@@ -143,6 +143,8 @@ def test_an_input_without_rows(invoke: Invoke, content: bytes) -> None:
 
 CANNOT_START = [
     (["none.jsonl"], "does not exist"),
+    ([""], "an input is an empty name"),
+    (["prompts.jsonl", "-o", ""], "-o is an empty name"),
     (["none*.jsonl", "-o", "out.jsonl"], "no file matches"),
     (["empty"], "has no file to read"),
     (["prompts.jsonl", "-o", "prompts.jsonl"], "is the input"),
@@ -156,7 +158,7 @@ CANNOT_START = [
     (["prompts.jsonl", "--max-tokens", "0"], "1<=x<="),
     (["prompts.jsonl", "--max-running", "0"], "1<=x<=65536"),
     (["prompts.jsonl", "--memory-fraction", "2"], "0.05<=x<=0.99"),
-    (["prompts.jsonl", "--limit", "0"], "x>=1"),
+    (["prompts.jsonl", "--limit", "0"], "1<=x<="),
     (["prompts.jsonl", "--dtype", "int4"], "'float16'"),
     (["prompts.jsonl", "--cache", "big"], "'radix', 'none'"),
     (["prompts.jsonl", "--no-such-flag"], "No such option"),

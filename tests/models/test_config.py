@@ -178,6 +178,11 @@ def test_yarn_stretches_the_context():
         ({"head_dim": 512}, "head_dim 512 is not supported"),
         ({"hidden_size": 66}, "4 heads do not divide hidden_size 66"),
         ({"vocab_size": None}, "vocab_size is missing; it must be a positive integer"),
+        ({"vocab_size": 1 << 31}, "vocab_size is 2147483648; it must be a positive integer below 2.31"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM'; it must be a list of names"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a positive number"),
+        ({"rope_theta": 0}, "rope_theta is 0; it must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; it must be a positive number"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'; it must be a positive integer"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported; supported: bfloat16, float16, float32"),
     ],
@@ -195,7 +200,13 @@ def test_bad_layer_types():
 
 
 @pytest.mark.parametrize(
-    "text, message", [(None, "cannot read .*config.json: No such file"), ("{", "not valid JSON"), ("[]", "JSON object")]
+    "text, message",
+    [
+        (None, "cannot read .*config.json: No such file"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "JSON object"),
+    ],
 )
 def test_bad_files(tmp_path, text, message):
     if text is not None:
