@@ -10,7 +10,6 @@ Knows tensors and memory. Does not know scheduling, text or files.
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +25,9 @@ from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
 from minisgl.graphs import Key, StepGraphs, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
 from minisgl.kernels.attention_decode import many_sequences
+from minisgl.kernels.compile_ahead import compile_ahead
 from minisgl.kernels.launch import use_device, use_triton
 from minisgl.kernels.logits import edit_logits
-from minisgl.kernels.threaded_loading import allow_threaded_loading
 from minisgl.layers.ops import FASTEST, INVARIANT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -48,8 +47,6 @@ CPU_KV_BYTES = 2 << 30
 GPU_RESERVE_BYTES = 512 << 20
 # Scored prompt tokens whose logits exist at once: 78 MB of Qwen3's vocabulary in bf16.
 SCORED_TOKENS = 256
-# Each takes a core while it compiles, and afterwards a workspace of cuBLAS: 32 MB on an H200.
-COMPILE_THREADS = 6
 
 
 class Engine:
@@ -290,55 +287,46 @@ class Engine:
         return peak
 
     def _compile_kernels(self, config: EngineConfig) -> None:
-        """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler; side by
-        side, since compilers leave the interpreter to others."""
+        """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler: once to
+        see which kernels they launch, and once more to see them run."""
         rows, together = self.rows, self._tile_members(config)
         max_len = rows.tokens.shape[1]
         kv = self._new_cache(1, config.page_size)
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
         prompt = Request(0, [0, 0], params, 3, frozenset())
         prompt.row = 0
-        batches = [rows.load(Step(chunks=[Chunk(prompt, 0, 2, 0, samples=True)], new_rows=[prompt]))]
-
-        def add_decodes(size: int, bound: int, cascade: CascadeTiles | None = None) -> None:
-            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)  # changes no row
-            batches.append(rows.decode_batch(padding, bound, cascade))
-
-        add_decodes(1, 1)  # a grid that is small enough to ask for keys ahead
+        step = Step(chunks=[Chunk(prompt, 0, 2, 0, samples=True)], new_rows=[prompt])
         many = many_sequences(self.model.shard.kv_heads.size)
-        for size in (1, *(border + 1 for border in self.model.stream_borders), many):
-            if size <= config.max_running:
-                add_decodes(size, max_len)
-        if together:
-            packed = torch.zeros(packed_length(1, together), dtype=torch.int32, device=self.device)
-            for bound in (1, max_len):  # no tile is used where a sequence has one split
-                add_decodes(1, bound, CascadeTiles.unpack(packed, 1, together))
-
-        @torch.inference_mode()
-        def run(batch: Batch) -> None:
-            self._run(batch, kv)
-
-        @torch.inference_mode()
-        def run_edits(batch: Batch) -> None:
-            self._run(batch, kv, EVERYTHING, max_len)
-            masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
-            # Not `self.sample`, with which a first rank tells the others to do the same.
-            Engine.sample(self, self._run(batch, kv, masked=True), masks, np.full(1, -1, np.int32))
-
-        @torch.inference_mode()
-        def run_matmuls(num_rows: int) -> None:
-            self.model.run_matmuls(num_rows)
-
+        sizes = (1, *(border + 1 for border in self.model.stream_borders), many)
         borders = self.model.ops.linear_borders(self.dtype, self.device)
-        allow_threaded_loading()
-        with (
-            self.group.rehearsal(),
-            ThreadPoolExecutor(COMPILE_THREADS, initializer=use_device, initargs=(self.device,)) as pool,
-        ):
-            jobs = [pool.submit(run_edits, batches[1]), *(pool.submit(run, batch) for batch in batches)]
-            jobs += [pool.submit(run_matmuls, border + 1) for border in borders if border < config.max_step_tokens]
-            for job in jobs:
-                job.result()
+        masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
+
+        def decodes(size: int, bound: int, cascade: CascadeTiles | None = None) -> Batch:
+            padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)  # changes no row
+            return rows.decode_batch(padding, bound, cascade)
+
+        @torch.inference_mode()
+        def run_all() -> None:
+            self._run(rows.load(step), kv)
+            self._run(decodes(1, 1), kv)  # a grid that is small enough to ask for keys ahead
+            for size in sizes:
+                if size <= config.max_running:
+                    self._run(decodes(size, max_len), kv)
+            if together:
+                packed = torch.zeros(packed_length(1, together), dtype=torch.int32, device=self.device)
+                for bound in (1, max_len):  # no tile is used where a sequence has one split
+                    self._run(decodes(1, bound, CascadeTiles.unpack(packed, 1, together)), kv)
+            for border in borders:
+                if border < config.max_step_tokens:
+                    self.model.run_matmuls(border + 1)
+            self._run(decodes(1, 1), kv, EVERYTHING, max_len)
+            # Not `self.sample`, with which a first rank tells the others to do the same.
+            Engine.sample(self, self._run(decodes(1, 1), kv, masked=True), masks, np.full(1, -1, np.int32))
+
+        with self.group.rehearsal():
+            with compile_ahead(self.device):
+                run_all()
+            run_all()
         rows.reset()
 
     def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:
