@@ -55,12 +55,13 @@ def count_compiled(**options):
 driver.set_active(CountingDriver(ARCHITECTURES["cuda:90"]))
 knobs.runtime.jit_post_compile_hook = count_compiled
 x = torch.zeros(64)
+_double[(1,)](x, SIZE=64)
 with compile_ahead(x.device):
-    for size in (16, 32, 16, 32, 32):
+    for size in (16, 32, 64, 16, 32, 32):
         _double[(1,)](x, SIZE=size)
-    counts["launches inside"] = counts["launches"]
-counts["compiled ahead"], counts["launchers ahead"] = counts["compiled"], counts["launchers"]
-for size in (16, 32):
+    counts["launches inside"] = counts["launches"] - 1
+counts["compiled ahead"], counts["launchers ahead"] = counts["compiled"] - 1, counts["launchers"] - 1
+for size in (16, 32, 64):
     _double[(1,)](x, SIZE=size)
 for attempt in ("error ahead", "error behind"):
     try:
