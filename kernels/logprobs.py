@@ -37,7 +37,7 @@ def logprobs_reference(
     """The same in torch; see `logprobs`."""
     left = clean_reference(logits)
     total = left.logsumexp(-1)
-    of_ids = left.gather(1, ids.long()[:, None]).squeeze(1) - total
+    of_ids = left.gather(1, ids.long().clamp_min(0)[:, None]).squeeze(1) - total
     top_ids = torch.full((len(left), num_top), -1, dtype=torch.int32, device=left.device)
     top = torch.full_like(top_ids, -torch.inf, dtype=torch.float32)
     for place in range(num_top):  # a few looks for the best are much less than sorting
@@ -45,7 +45,7 @@ def logprobs_reference(
         some = best > -torch.inf
         top_ids[some, place], top[some, place] = best_ids[some].int(), (best - total)[some]
         left.scatter_(1, best_ids[:, None], -torch.inf)
-    return of_ids.where(of_ids == of_ids, -torch.inf), top_ids, top
+    return of_ids.where((of_ids == of_ids) & (ids >= 0), -torch.inf), top_ids, top
 
 
 @triton.jit(do_not_specialize=["ids_ptr", "num_top"])
@@ -70,7 +70,8 @@ def _logprobs_kernel(
     largest = tl.maximum(tl.max(left, 0), -LARGEST)
     log_mass = tl.log(tl.sum(mass * tl.exp(left - largest), 0))
 
-    of_id = tl.load(logits_row + tl.load(ids_ptr + sample)).to(tl.float32)
+    id = tl.load(ids_ptr + sample)
+    of_id = tl.load(logits_row + id, mask=id >= 0, other=float("-inf")).to(tl.float32)
     of_id = tl.minimum(tl.where(of_id == of_id, of_id, float("-inf")), LARGEST)
     tl.store(out_ptr + sample, tl.where(of_id > float("-inf"), of_id - largest - log_mass, float("-inf")))
 
@@ -97,7 +98,7 @@ def logprobs(
     """(logprob of each id  # [N] fp32, ids of the K likeliest  # [N, K] int32, their logprobs  # [N, K] fp32).
 
     logits   # [N, V] fp32, bf16 or fp16; rows may be strided. NaN counts as -inf, +inf as the largest float
-    ids      # [N] int32, in 0..V-1 (not checked: it would synchronise)
+    ids      # [N] int32, in -1..V-1 (not checked: it would synchronise); -1 has logprob -inf
     num_top  K, in 0..20 and at most V
 
     A token with a logit of -inf has logprob -inf; where fewer than K others are, the rest is id -1, logprob -inf.

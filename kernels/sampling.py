@@ -15,7 +15,8 @@ that row.
 
 A row of -1 is padding of a captured step: its id is 0 and no table is touched.
 
-NaN logits count as -inf, +inf as the largest float. A -inf logit is sampled only when all are; then the id is 0.
+NaN logits count as -inf, +inf as the largest float. A -inf logit is never sampled: when all are, the id is -1, and the
+token that is written is 0, which a step that runs already may read.
 Source: Maddison et al., "A* sampling", 2014 (Gumbel-max).
 """
 
@@ -85,15 +86,15 @@ def sample_reference(
     real = rows >= 0
     index = rows.long().clamp_min(0)
     wide = clean_reference(logits)
-    ids = wide.argmax(-1)
-    random = real & (temperature[index] >= GREEDY_BELOW.value) & (wide.amax(-1) > -torch.inf)
+    ids, some = wide.argmax(-1), wide.amax(-1) > -torch.inf
+    random = real & (temperature[index] >= GREEDY_BELOW.value) & some
     if bool(random.any()):
         parameters = [table[index[random]] for table in (temperature, top_k, top_p, min_p, seed)]
         ids[random] = draw_reference(wide[random], positions[random], *parameters)
     out = ids.int() * real
     if tokens is not None:
         tokens[rows[real].long(), positions[real].long()] = out[real]
-    return out
+    return out.where(some | ~real, -1)
 
 
 @triton.jit(do_not_specialize=[*NARROW_POINTERS, "tokens_ptr"])
@@ -165,10 +166,10 @@ def _sample_rows_kernel(
     x, ids = tl.ravel(x), tl.ravel(ids)
     noise = tl.where(greedy, 0.0, gumbel(seed, position, ids, streams.TOKENS))
     best, winner = first_best(tl.where(x >= cutoff, (x - largest) / temperature + noise, float("-inf")), ids)
-    winner = tl.where(best > float("-inf"), winner, 0)
-    tl.store(out_ptr + sample, winner)
+    found = best > float("-inf")
+    tl.store(out_ptr + sample, tl.where(found, winner, -1))
     if HAS_TOKENS:
-        tl.store(tokens_ptr + row * tokens_stride + position, winner)
+        tl.store(tokens_ptr + row * tokens_stride + position, tl.where(found, winner, 0))
 
 
 def sample(
@@ -182,7 +183,8 @@ def sample(
     seed: torch.Tensor,
     tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sample ids  # [N] int32; with `tokens`, also set tokens[rows[n], positions[n]] = ids[n].
+    """Sample ids  # [N] int32, -1 where no logit is finite; with `tokens`, also set tokens[rows[n], positions[n]] =
+    ids[n], or 0.
 
     logits     # [N, V] fp32, bf16 or fp16; rows may be strided
     rows       # [N] int32, row of the parameter tables; -1: padding

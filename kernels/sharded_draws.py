@@ -137,7 +137,7 @@ def _choose_kernel(
     mask = sample < samples
     row = tl.load(rows_ptr + sample, mask=mask, other=-1).to(tl.int64)
     real = row >= 0
-    best, winner = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.int32)
+    best, winner = tl.full([BLOCK], float("-inf"), tl.float32), tl.where(real, -1, 0)
     for rank in tl.static_range(NUM_RANKS):
         draw = draws_ptr + 2 * (rank * samples + sample)
         score = tl.load(draw, mask=real, other=0).to(tl.float32, bitcast=True)
@@ -147,7 +147,7 @@ def _choose_kernel(
     tl.store(out_ptr + sample, winner, mask=mask)
     if HAS_TOKENS:
         position = tl.load(positions_ptr + sample, mask=real, other=0)
-        tl.store(tokens_ptr + row * tokens_stride + position, winner, mask=real)
+        tl.store(tokens_ptr + row * tokens_stride + position, tl.maximum(winner, 0), mask=real)
 
 
 def draw(
@@ -176,7 +176,8 @@ def draw(
 
 
 def choose(draws: torch.Tensor, samples: Samples, tokens: torch.Tensor | None) -> torch.Tensor:
-    """Ids  # [N] int32 of the ranks' draws  # [n, N, 2]; with tokens  # [R, max_len], sets tokens[rows, positions]."""
+    """Ids  # [N] int32 of the ranks' draws  # [n, N, 2], -1 where no rank has one; with tokens  # [R, max_len], sets
+    tokens[rows, positions], then to 0."""
     rows, positions = samples.rows, samples.positions
     if not use_triton(draws):
         return _choose_reference(draws, samples, tokens)
@@ -229,7 +230,7 @@ def _choose_reference(draws: torch.Tensor, samples: Samples, tokens: torch.Tenso
     best, rank = scores.max(0)  # of equal ones the first rank's
     winner = ids.gather(0, rank[None]).squeeze(0)
     real = samples.rows >= 0
-    out = torch.where(real & (best > -torch.inf), winner, 0)
+    out = torch.where(best > -torch.inf, winner, -1).where(real, 0)
     if tokens is not None:
-        tokens[samples.rows[real].long(), samples.positions[real].long()] = out[real]
+        tokens[samples.rows[real].long(), samples.positions[real].long()] = out[real].clamp_min(0)
     return out

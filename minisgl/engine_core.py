@@ -194,7 +194,7 @@ class EngineCore(Core):
         if logprobs:
             _add_logprobs(step, ids, logprobs, set(progressed))
         for request in progressed:
-            if request.matcher:
+            if request.matcher and not request.error:
                 self._advance(request, request.matcher)
             if request.finish_reason:
                 self.scheduler.retire(request)
@@ -227,7 +227,7 @@ def _add_logprobs(step: Step, ids: npt.NDArray[np.int32], logprobs: HostLogprobs
     """Give the requests that got a token and ask for logprobs theirs."""
     for place, request in enumerate(step.sampled):
         num_top = request.params.logprobs
-        if num_top is not None and request in progressed:
+        if num_top is not None and request in progressed and not request.error:
             request.logprobs.append(_token_logprobs(int(ids[place]), logprobs, place, num_top))
 
 

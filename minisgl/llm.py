@@ -172,8 +172,8 @@ class LLM:
             made.append(ids if failed else _attempt(self.new_request, ids, params, index=index, pooling=pooling))
         results = self._run(made, progress)
         return [
-            Embedding(np.zeros(0, np.float32), 0, one)
-            if isinstance(one, RequestError)
+            Embedding(np.zeros(0, np.float32), result.usage.prompt_tokens, result.error)
+            if result.error
             else Embedding(one.embedding(normalize), result.usage.prompt_tokens)
             for one, result in zip(made, results, strict=True)
         ]
@@ -430,7 +430,7 @@ def _score(result: Result) -> Score:
     return Score(
         logprob=sum(one.logprob for one in found),
         token_logprobs=[one.logprob for one in found],
-        is_greedy=bool(found) and all(one.top[0][0] == one.token_id for one in found),
+        is_greedy=bool(found) and not result.error and all(one.top[0][0] == one.token_id for one in found),
         num_tokens=len(found),
         num_prompt_tokens=result.usage.prompt_tokens + 1,
         cached_tokens=result.usage.cached_tokens,

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minisgl import LLM, MinisglError, SamplingParams
 from minisgl import cascade as cascade_module
@@ -184,6 +185,35 @@ def test_an_abort_while_a_step_runs_frees_the_request_then(folder, device, monke
                 assert request.finish_reason == "abort"
             else:
                 assert request.output_ids == ids
+        llm.reset_prefix_cache()
+        assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_request_whose_logits_are_nan_fails_alone(folder, tmp_path, device, overlap):
+    broken_id = 5
+    shutil.copytree(folder("qwen3"), tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.embed_tokens.weight"][broken_id] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    prompts = [[id for id in prompt if id != broken_id] for prompt in prompts_of_all_kinds()]
+    broken = [[1, 2, broken_id], [*prompts[2], broken_id, 3]]
+    plain = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    asked = [plain, SamplingParams(temperature=1, max_tokens=20, logprobs=2, top_k=20, seed=0)]
+    with LLM(tmp_path / "model", device=device, **SMALL, num_pages=60, overlap=overlap) as llm:
+        expected = [result.token_ids for result in llm.generate(prompts, plain)]
+        llm.reset_prefix_cache()
+        results = llm.generate([*prompts, *broken, *broken], [plain] * len(prompts) + asked + asked[::-1])
+        assert [result.token_ids for result in results[: len(prompts)]] == expected
+        for result in results[len(prompts) :]:
+            assert (result.finish_reason, result.token_ids, result.text) == ("error", [], "")
+            assert result.error.type == "no_finite_logits" and "--dtype" in str(result.error)
+        embedded = llm.embed([prompts[1], broken[0]])
+        assert embedded[0].error is None and embedded[1].error.type == "no_finite_logits"
+        scores = llm.score(prompts[:2] + broken, [[7, 8]] * 4)
+        assert [score.error is None for score in scores] == [True, True, False, False]
+        assert [result.token_ids for result in llm.generate(prompts, plain)] == expected
         llm.reset_prefix_cache()
         assert llm.core.scheduler.pool.num_free == llm.core.scheduler.pool.num_pages
 

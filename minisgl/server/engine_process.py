@@ -156,7 +156,7 @@ class EngineProcess:
         error = (str(request.error), request.error.type) if request.error else None
         by_token = request.finish_reason == "stop" and new[-1] in request.stop_ids
         reason = request.finish_reason
-        vector = request.embedding(normalize=True).astype("<f4").tobytes() if request.pooling else None
+        vector = request.embedding(normalize=True).astype("<f4").tobytes() if request.pooling and not error else None
         return Tokens(id, new, request.cached_tokens, reason, by_token, logprobs, scored, error, vector)
 
 

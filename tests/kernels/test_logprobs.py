@@ -47,14 +47,15 @@ def test_ties_go_to_the_smallest_id(device, function):
 
 
 def test_masked_and_broken_logits(device, function):
-    logits = torch.full((3, 200), -INF, device=device)
+    logits = torch.full((4, 200), -INF, device=device)
     logits[0, [150, 7]] = torch.tensor([1.0, 0.0], device=device)
     logits[1, 3] = torch.nan
     logits[2, 199] = INF
-    ids = torch.tensor([7, 3, 199], dtype=torch.int32, device=device)
+    logits[3, 0] = 5.0
+    ids = torch.tensor([7, 3, 199, -1], dtype=torch.int32, device=device)
     of_ids, top_ids, top = function(logits, ids, 3)
-    torch.testing.assert_close(of_ids.cpu(), torch.tensor([-1.3132617, -INF, 0.0]))
-    assert top_ids.tolist() == [[150, 7, -1], [-1, -1, -1], [199, -1, -1]]
+    torch.testing.assert_close(of_ids.cpu(), torch.tensor([-1.3132617, -INF, 0.0, -INF]))
+    assert top_ids.tolist() == [[150, 7, -1], [-1, -1, -1], [199, -1, -1], [0, -1, -1]]
     torch.testing.assert_close(top[0].cpu(), torch.tensor([-0.3132617, -1.3132617, -INF]))
     assert torch.isneginf(top[1]).all() and top[2].tolist() == [0.0, -INF, -INF]
 

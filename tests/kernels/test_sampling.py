@@ -227,7 +227,7 @@ def test_extreme_parameters_are_greedy(device, options):
 @pytest.mark.parametrize("kernel", [True, False], ids=["kernel", "reference"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_k": 9}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_masked_and_broken_logits(device, options, kernel):
-    """-inf is sampled only when all are; NaN counts as -inf, +inf as the largest float."""
+    """-inf is never sampled, and 0 is written where all are; NaN counts as -inf, +inf as the largest float."""
     logits = torch.full((6, 4500), -INF, device=device)
     logits[1, 4321] = -1e30
     logits[2, 17] = INF
@@ -236,8 +236,11 @@ def test_masked_and_broken_logits(device, options, kernel):
     logits[3, 200] = 0.5
     logits[4] = torch.nan
     logits[5, 4499] = torch.finfo(torch.float32).max
-    out = (sample if kernel else sample_reference)(logits, **parameters(6, device, **options))
-    assert out.tolist() == [0, 4321, 17, 200, 0, 4499]
+    arguments = parameters(6, device, **options)
+    tokens = torch.full((6, 256), 9, dtype=torch.int32, device=device)
+    out = (sample if kernel else sample_reference)(logits, **arguments, tokens=tokens)
+    assert out.tolist() == [-1, 4321, 17, 200, -1, 4499]
+    assert tokens[arguments["rows"].long(), arguments["positions"].long()].tolist() == out.clamp_min(0).tolist()
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 30, "top_p": 0.9}], ids=["plain", "filtered"])
