@@ -36,8 +36,8 @@ published shapes: speed does not depend on their values. To repeat them, with `-
 on the same token ids, lengths and temperature; mini-sglang with FA3 for prefill and FlashInfer for decode. Their
 figures are in [results/peers.jsonl](results/peers.jsonl). The floor is the least time the device could take, by the
 formula in [floors.py](floors.py), at the best rates that were measured: {copy:,.0f} GB/s of copies and {matmul:,.0f}
-TFLOP/s of bf16 matmuls. Ratios are of speed: where the figure is seconds, theirs / ours. "of 2" behind the smallest and
-largest: of two repeats only.
+TFLOP/s of bf16 matmuls. Ratios are of speed: where the figure is seconds, theirs / ours. "of 1" or "of 2"
+behind the smallest and largest: of so few repeats.
 """
 TRANSFORMERS = """
 The same work through transformers' continuous batching (`--baseline transformers`), which anyone can repeat:

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+# Triton 3.9 warns at each start that 3.10 will round products before it adds, unless somebody says what is wanted.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -76,7 +76,7 @@ TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
         (WHOLE, 64, 8448): Tile(1, 64, 64, 0, 8),
         (GATED, 64, 4224): Tile(1, 64, 64, 0, 8),
         (GATED, 64, 8448): Tile(1, 64, 128, 0, 8),
-        (GATED, 64, 12672): Tile(1, 64, 128, 64, 4),
+        (GATED, 64, 12672): Tile(1, 64, 128, 64, 5),
         (GATED, 64, ANY): Tile(1, 64, 128, 0, 8),
         (GATED, 128, 4224): Tile(2, 64, 64, 0, 6),
         (GATED, 128, 8448): Tile(2, 64, 128, 0, 6),

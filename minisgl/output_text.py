@@ -44,7 +44,7 @@ class OutputText:
         if self.deltas is not None and new:
             logprobs = None if request.params.logprobs is None else request.logprobs[-len(new) :]
             self.deltas.append(Delta(text, new, logprobs))
-        return self._detokenizer.stopped
+        return self.stopped
 
     @property
     def stopped(self) -> bool:

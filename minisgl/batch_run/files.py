@@ -20,14 +20,15 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
     MinisglError when it cannot be written.
     """
-    if is_stream(path):
-        try:
-            with path.open("wb") as stream:
-                yield stream
-        except OSError as error:
-            raise write_failure(str(path), error) from error
-        return
-    path = Path(os.path.realpath(path))
+    try:
+        with path.open("wb") if is_stream(path) else _drafted(Path(os.path.realpath(path))) as file:
+            yield file
+    except OSError as error:
+        raise write_failure(str(path), error) from error
+
+
+@contextmanager
+def _drafted(path: Path) -> Iterator[BinaryIO]:
     draft = path.with_name(path.name + ".tmp")
     try:
         with draft.open("w+b") as file:
@@ -36,8 +37,6 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(draft, path)
         sync_folder(path)
-    except OSError as error:
-        raise write_failure(str(path), error) from error
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)

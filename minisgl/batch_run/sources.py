@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minisgl.batch_run import data_sets, formats
+from minisgl.batch_run.files import is_stream
 from minisgl.batch_run.manifest import MANIFEST_SUFFIX, manifest_path
 from minisgl.batch_run.output import JOURNAL_SUFFIX, own_files
 from minisgl.batch_run.rows import Record, RowError
@@ -103,6 +104,8 @@ def default_output(inputs: Sequence[str], shard: tuple[int, int] = (1, 1)) -> st
         path = Path(name.removeprefix(HUB).replace(":", "-").rpartition("/")[2])
     else:
         path = Path(name)
+        if is_stream(path) and not path.is_dir():
+            raise MinisglError(f"name the output with -o: {name} is a pipe or a device, which has no place beside it")
         for suffix in (*formats.COMPRESSIONS, *SUFFIXES):
             path = path.with_name(path.name.removesuffix(suffix) or path.name) if path.name else path.resolve()
     part = f".{shard[0]}-of-{shard[1]}" if shard[1] > 1 else ""

@@ -285,6 +285,8 @@ def test_default_output() -> None:
     assert default_output(["-"]) == "-"
     assert default_output(["hf:org/name:main"]) == "name-main.results.jsonl"
     assert default_output(["a.jsonl"], (2, 4)) == "a.2-of-4.results.jsonl"
+    with pytest.raises(MinisglError, match="-o: /dev/null is a pipe or a device"):
+        default_output(["/dev/null"])
     for several in (["a", "b"], ["*.jsonl"]):
         with pytest.raises(MinisglError, match="name the output"):
             default_output(several)
