@@ -133,14 +133,14 @@ class Page:
         yield _table(["model", "workload", "figure", *figures, "commit", "date"], lines)
 
     def _start(self) -> Iterator[str]:
-        starts = [row for row in self.results.peers if row["bench"] == "start"]
-        each = ", ".join(f"{row['engine']} {row['ready_s']:g} s with {row['caches']} caches" for row in starts)
-        ours = [
-            row["ready_s"] for row in self.results.ours if row["bench"] == "throughput" and engine_of(row) == "minisgl"
-        ]
-        if starts and ours:
-            yield f"\nFrom nothing to ready with {starts[0]['model']}: {each}.\n"
-            yield f"minisgl, with caches as they were: {min(ours):g} to {max(ours):g} s in the rows of all models."
+        rows = latest([*self.results.ours, *self.results.peers], "start", "model", "engine", "caches").values()
+        for model in dict.fromkeys(row["model"] for row in rows):
+            each = [
+                f"{row['engine']} {row['ready_s']:g} s with {row['caches']} caches"
+                for row in rows
+                if row["model"] == model
+            ]
+            yield f"\nFrom nothing to ready with {model}: {', '.join(each)}."
 
     def _transformers(self) -> Iterator[str]:
         lines = []

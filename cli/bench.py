@@ -12,6 +12,7 @@ from minisgl.cli.bench_options import (
     file_option,
     json_option,
     model_option,
+    repeats_option,
     run_options,
     workload_option,
 )
@@ -24,6 +25,7 @@ EXAMPLES = """\b
 Examples:
   minisgl bench throughput --workload mini
   minisgl bench latency --batch 8
+  minisgl bench start
   minisgl bench features
   minisgl bench kernels rms_norm attention_decode
   minisgl bench serve --request-rate 8
@@ -45,7 +47,7 @@ Figures:
   seconds          from handing over all prompts to the last result
   output tokens/s  output tokens / seconds
   input tokens/s   prompt tokens / seconds, cached ones too
-  ready_s          seconds from nothing to ready to answer, before any run
+  ready_s          seconds to make the engine, before any run; `minisgl bench start` has the whole of a start
 Each is the median of the repeats, with the smallest and the largest.
 
 \b
@@ -65,6 +67,18 @@ The spread is that of the repeats' own p50.
 Examples:
   minisgl bench latency
   minisgl bench latency --batch 32 --input-len 1024 --output-len 256 --json rows.jsonl
+"""
+START_EXAMPLES = """\b
+Figures, in seconds from before the process, medians of the starts with the smallest and the largest:
+  ready_s   the engine is there
+  answer_s  it has answered a first request
+  compiled  kernels that were compiled, and not found in Triton's cache
+Cold: what Triton compiles has an empty folder. Warm: the same folder once more.
+
+\b
+Examples:
+  minisgl bench start
+  minisgl bench start -m qwen3-8b --repeats 5 --json rows.jsonl
 """
 FEATURES_EXAMPLES = """\b
 Figures, of requests that decode together:
@@ -177,6 +191,18 @@ def latency(engine: dict[str, Any], **flags: Any) -> None:
     from minisgl.bench.latency import ratio, run, table
 
     _print(run(**flags, **engine), table, ratio)
+
+
+@bench.command(cls=OneLineErrors, epilog=START_EXAMPLES)
+@json_option
+@repeats_option
+@model_option
+@engine_options
+def start(engine: dict[str, Any], **flags: Any) -> None:
+    """Start engines in processes of their own and print how long each takes."""
+    from minisgl.bench.start import run, table
+
+    _print(run(**flags, **engine), table)
 
 
 def _print(rows: Iterable[Row], table: Callable[[Row], str], ratio: Callable[[Row, Row], float] | None = None) -> None:

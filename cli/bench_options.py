@@ -46,13 +46,15 @@ warmups_option = click.option(
     "--warmups", type=click.IntRange(0), default=1, show_default=True, help="Untimed runs before the first."
 )
 
+repeats_option = click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs.")
+
 
 def run_options(command: Command) -> Command:
     """The flags of every measurement of a whole engine."""
     for option in (
         json_option,
         warmups_option,
-        click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed runs."),
+        repeats_option,
         model_option,
     ):
         command = option(command)

@@ -80,6 +80,16 @@ def test_seconds_are_better_when_smaller() -> None:
     assert "| 2.00 | 1.00 .. 4.00 | 4.00 | 4.00 |" in Page(Results(rows)).text()
 
 
+def test_starts() -> None:
+    start = {"bench": "start", "engine": "minisgl", "model": "m", **CARD, "date": "2026-01-02"}
+    rows = [{**start, "caches": "cold", "ready_s": 9.5}, {**start, "caches": "warm", "ready_s": 2.25}]
+    rows += [{**start, "caches": "cold", "ready_s": 8.5, "date": "2026-01-03"}]
+    rows += [{**start, "engine": "vLLM", "caches": "cold", "ready_s": 87}]
+    text = Page(Results([CEILINGS, *PEERS, *rows])).text()
+    each = "minisgl 8.5 s with cold caches, minisgl 2.25 s with warm caches, vLLM 87 s with cold caches"
+    assert f"\nFrom nothing to ready with m: {each}." in text
+
+
 def test_serving() -> None:
     figures = {"mean": 2.5, "p50": 2.0, "p99": 9.0}
     row = {"bench": "serve", "engine": "minisgl", "model": "m", "workload": "512x128", "request_rate": 8.0, **CARD}

@@ -62,6 +62,12 @@ def test_latency(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[2] == ((), {**DEFAULTS, "batch": 8, "input_len": 9, "output_len": 7, "overlap": False})
 
 
+def test_start(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(monkeypatch, "start", run=[{}, {}], table="ready_s 3")
+    assert invoke("bench", "start", "--repeats", "2", "--device", "cpu").stdout == "ready_s 3\nready_s 3\n"
+    assert calls[0] == ((), {"model": "qwen3-0.6b", "repeats": 2, "json_path": None, "device": "cpu"})
+
+
 def test_eval(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"engine": name} for name in ("minisgl", "minisgl --cache none", "lm-eval hf")]
     calls = stand_in(monkeypatch, "evaluate", run=rows, table="rows/s 3", ratio=5.0)
@@ -166,9 +172,9 @@ def test_report(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
-    throughput, latency, serve, features, kernels, batch_run = (
+    throughput, latency, serve, features, kernels, batch_run, start = (
         invoke("bench", name, "--help").output
-        for name in ("throughput", "latency", "serve", "features", "kernels", "batch_run")
+        for name in ("throughput", "latency", "serve", "features", "kernels", "batch_run", "start")
     )
     assert "tokens/s of plain requests / tokens/s of these - 1" in features
     assert "overhead  median of job / median of generate - 1" in batch_run
@@ -186,6 +192,8 @@ def test_help_has_the_formula_of_each_figure(invoke: Invoke) -> None:
         "output tokens/s  output tokens /",
     ):
         assert f"\n    {figure}" in serve or f"\n  {figure}" in serve
+    for figure in ("ready_s   the engine is there", "answer_s  it has answered", "compiled  kernels"):
+        assert figure in start
     for figure in ("graph us     median", "GB/s         bytes", "of ceiling   the larger"):
         assert figure in kernels
 

@@ -1,0 +1,38 @@
+"""Starts in processes of their own, with nothing compiled and with everything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minisgl.bench import start
+from minisgl.demo import MODEL_PATH
+from minisgl.errors import MinisglError
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_of_both_caches(tmp_path: Path, device: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = list(start.run(str(MODEL_PATH), repeats=1, json_path=path, device=device, num_pages=64))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert [row["caches"] for row in rows] == ["cold", "warm"]
+    for row in rows:
+        assert 0 < row["ready_s"] < row["answer_s"] and row["ready_s_all"] == [row["ready_s"]]
+        assert row["options"] == {"num_pages": 64} and row["dtype"] in ("float32", "bfloat16")
+        assert f"{row['caches']} caches" in start.table(row) and f"ready_s      {row['ready_s']:.2f}" in start.table(
+            row
+        )
+    cold, warm = (row["num_compiled"] for row in rows)
+    assert warm == 0 and (cold > 10 if device == "cuda" else cold == 0)
+
+
+def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    with pytest.raises(MinisglError, match="does not start: .*NoSuchModel"):
+        list(start.run(str(tmp_path), repeats=1, device="cpu"))
+
+
+def test_a_process_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start.sys, "executable", "/bin/true")
+    with pytest.raises(MinisglError, match="does not start: it ended without a word"):
+        list(start.run(str(MODEL_PATH), repeats=1, device="cpu"))
