@@ -10,20 +10,17 @@ from minisgl.demo import MODEL_PATH
 from minisgl.errors import MinisglError
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_rows_of_both_caches(tmp_path: Path, device: str) -> None:
+def test_rows_of_both_caches(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    rows = list(start.run(str(MODEL_PATH), repeats=1, json_path=path, device=device, num_pages=64))
+    rows = list(start.run(str(MODEL_PATH), repeats=1, json_path=path, device="cpu", num_pages=64))
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     assert [row["caches"] for row in rows] == ["cold", "warm"]
     for row in rows:
         assert 0 < row["ready_s"] < row["answer_s"] and row["ready_s_all"] == [row["ready_s"]]
-        assert row["options"] == {"num_pages": 64} and row["dtype"] in ("float32", "bfloat16")
+        assert row["options"] == {"num_pages": 64} and row["dtype"] == "float32" and row["num_compiled"] == 0
         assert f"{row['caches']} caches" in start.table(row) and f"ready_s      {row['ready_s']:.2f}" in start.table(
             row
         )
-    cold, warm = (row["num_compiled"] for row in rows)
-    assert warm == 0 and (cold > 10 if device == "cuda" else cold == 0)
 
 
 def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
