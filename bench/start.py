@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from minisgl.bench.engines import find_model
 from minisgl.bench.harness import environment, write_rows
 from minisgl.errors import MinisglError
@@ -27,8 +29,6 @@ FIGURES = ("ready_s", "answer_s")
 def run(model: str, *, repeats: int = 3, json_path: Path | None = None, **options: Any) -> Iterator[dict[str, Any]]:
     """A row for starts with cold caches, and one for warm ones, which take turns. Arguments as in `throughput.run`;
     MinisglError for an engine that does not start."""
-    import torch
-
     folder, options = find_model(model, options)
     if json_path:
         write_rows(json_path, [])  # a path that cannot be written should fail now

@@ -24,8 +24,8 @@ _one_at_a_time = Lock()
 def compile_ahead(device: torch.device) -> Iterator[None]:
     """Inside, this thread's launches run nothing; on leaving, what they would have run is compiled and on the device.
 
-    Each kernel is compiled once, however often it is launched. What follows such a launch finds memory as it was
-    before, so that none may run, one that was compiled earlier neither. Raises, on leaving, what a compiler raised.
+    Each kernel is compiled once, however often it is launched. What was compiled before does not run either: it would
+    read what the others have not written. Raises, on leaving, what a compiler raised.
     """
     allow_threaded_loading()
     run, thread = JITFunction.run, get_ident()
