@@ -54,6 +54,8 @@ class Tokenizer:
         self.eos_id: int | None = self._hf.eos_token_id
         templates = self._hf.chat_template or ""
         templates = list(templates.values()) if isinstance(templates, dict) else [templates]
+        if not all(isinstance(template, str) for template in templates):
+            raise MinisglError(f"{folder}: chat_template is no text: correct tokenizer_config.json, or remove it there")
         self.chat_template = "\n".join(templates)
         self._template_names = frozenset[str]().union(*map(names_read, templates))
 

@@ -100,6 +100,14 @@ def test_no_chat_template(tmp_path):
     assert caught.value.type == "no_chat_template"
 
 
+def test_a_chat_template_that_is_no_text(tmp_path):
+    make_tokenizer(tmp_path, chat_template=None)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": 5}))
+    with pytest.raises(MinisglError, match="chat_template is no text"):
+        Tokenizer(tmp_path)
+
+
 def test_no_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(MinisglError, match=r"no tokenizer that transformers can load .*copy tokenizer.json"):

@@ -234,7 +234,9 @@ def _rope(given: dict[str, Any]) -> tuple[RopeConfig, int]:
         return RopeConfig(theta=theta), 0
     max_len = _size(given, "max_position_embeddings")
     stated_len = given.get("original_max_position_embeddings", entries.get("original_max_position_embeddings"))
-    original_len = stated_len or max_len
+    original_len = max_len
+    if stated_len is not None:
+        original_len = int(_positive("original_max_position_embeddings", stated_len))
     if kind == "yarn":
         factor = _positive("factor", entries.get("factor", max_len / original_len))
         rope = RopeConfig(

@@ -182,6 +182,10 @@ def test_yarn_stretches_the_context():
         ({"architectures": "Qwen3ForCausalLM"}, "architectures is 'Qwen3ForCausalLM'; it must be a list of names"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a positive number"),
         ({"rope_theta": 0}, "rope_theta is 0; it must be a positive number"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings is 0; it must be a positive number",
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; it must be a positive number"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'; it must be a positive integer"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported; supported: bfloat16, float16, float32"),
