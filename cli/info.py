@@ -89,10 +89,19 @@ def _gpus() -> list[dict[str, Any]] | str:
                 "name": torch.cuda.get_device_name(device),
                 "memory_gib": round(total / 2**30, 1),
                 "free_gib": round(free / 2**30, 1),
-                "kernels": f"Triton on {launch.architecture(device)}",
+                "kernels": f"Triton on {launch.architecture(device)}{_gluon(device)}",
             }
         )
     return gpus
+
+
+def _gluon(device: Any) -> str:
+    from minisgl.kernels import launch
+
+    if launch.architecture(device) != "sm_90":
+        return ""
+    found = all(launch.hopper_module(name, device) for name in launch.HOPPER_MODULES)
+    return " with Gluon" if found else " without Gluon: this Triton has another"
 
 
 def _demo_model() -> str:

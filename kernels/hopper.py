@@ -3,21 +3,23 @@
 Knows Triton's dialect. Knows nothing of any kernel.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-# Gluon renames as it settles; first the name in Triton 3.6, then the one in 3.9.
-if hasattr(gl, "thread_barrier"):
-    async_load = tma.async_copy_global_to_shared
-    barrier = gl.thread_barrier
-    reinterpret = gl.shared_memory_descriptor._reinterpret
-else:
-    async_load = tma.async_load
-    barrier = gl.barrier
-    reinterpret = gl.shared_memory_descriptor.reinterpret
+
+def first_name(owner: Any, *names: str) -> Any:
+    """The attribute of the first name that `owner` has. AttributeError when it has none."""
+    found = next((name for name in names if hasattr(owner, name)), names[0])
+    return getattr(owner, found)
+
+
+# Gluon renames as it settles, a name at a time; first the name in Triton 3.9, then those from 3.6 on.
+async_load = first_name(tma, "async_load", "async_copy_global_to_shared")
+barrier = first_name(gl, "barrier", "thread_barrier")
+reinterpret = first_name(gl.shared_memory_descriptor, "reinterpret", "_reinterpret")
 
 
 class Address(NamedTuple):

@@ -3,6 +3,7 @@
 Knows: devices and Triton's interpreter. Knows nothing of any kernel.
 """
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
@@ -10,9 +11,11 @@ from types import ModuleType
 
 import torch
 
+log = logging.getLogger("minisgl")
 # Triton 3.9 warns at each start that 3.10 will round products before it adds, unless somebody says what is wanted.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HOPPER_MODULES = "attention_prefill_sm90", "matmul_sm90"
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -39,13 +42,14 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def hopper_module(name: str, device: torch.device) -> ModuleType | None:
-    """The module of a kernel in Gluon for sm_90; None for another device, and where Triton has no Gluon, or one with
-    other names than those it knows."""
+    """The module of a kernel in Gluon for sm_90; None for another device, and, with a warning, where Triton has no
+    Gluon, or one with other names than those it knows."""
     if architecture(device) != "sm_90":
         return None
     try:
         return import_module(f"minisgl.kernels.{name}")
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
+        log.warning("%s does not load with this Triton, and a slower kernel takes its place: %s", name, error)
         return None
 
 

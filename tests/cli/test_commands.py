@@ -53,12 +53,13 @@ def test_info_on_gpus(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "hopper_module", lambda name, device: device.index and name)
     gpus = json.loads(invoke("info", "--json").stdout)["gpu"]
     assert gpus[1] == {
         "device": "cuda:1",
         "name": "A card",
         "memory_gib": 80.0,
         "free_gib": 1.0,
-        "kernels": "Triton on sm_90",
+        "kernels": "Triton on sm_90 with Gluon",
     }
-    assert "Triton on sm_90" in invoke("info").stdout
+    assert "Triton on sm_90 without Gluon: this Triton has another" in invoke("info").stdout
