@@ -210,7 +210,7 @@ class EngineCore(Core):
             for token in request.tokens[known : request.num_tokens].tolist():
                 matcher.advance(token)
         if matcher.error:
-            request.error, request.finish_reason = matcher.error, "error"
+            request.fail(matcher.error)
         elif matcher.finished:
             request.finish_reason = "stop"
 

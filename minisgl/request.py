@@ -342,8 +342,19 @@ class Request:
         vector = self.hidden_sum / (self.num_prompt if self.pooling == "mean" else 1)
         return (vector / max(float(np.linalg.norm(vector)), 1e-12) if normalize else vector).astype(np.float32)
 
+    def fail(self, error: RequestError) -> None:
+        """End with an error."""
+        self.error, self.finish_reason = error, "error"
+
     def append(self, token: int) -> None:
-        """Add a sampled token and see whether the request ends with it."""
+        """Add a sampled token and see whether the request ends with it; it fails with -1, which is none."""
+        if token < 0:
+            message = (
+                f"the model has no next token after {self.num_tokens} tokens: its logits are NaN, -inf or all banned; "
+                "where weights or activations overflow in float16, bfloat16 (--dtype) has room"
+            )
+            self.fail(RequestError(message, "no_finite_logits"))
+            return
         self.tokens[self.num_tokens] = token
         self.num_tokens += 1
         if token in self.stop_ids:

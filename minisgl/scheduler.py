@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from minisgl.cascade import CascadePlan, CascadePlanner
-from minisgl.errors import RequestError
 from minisgl.page_pool import PagePool
 from minisgl.radix_cache import Node, RadixCache
 from minisgl.request import Request
@@ -122,18 +121,15 @@ class Scheduler:
         return step
 
     def complete(self, step: Step, ids: npt.NDArray[np.int32]) -> list[Request]:
-        """Append the sampled ids of a step that ran, of which -1 is none, an error; returns the requests that got one.
-        The caller retires the ended."""
+        """Append the sampled ids of a step that ran; returns the requests that got one. The caller retires the
+        ended."""
         got_token = []
         for request, token in zip(step.sampled, ids.tolist(), strict=True):
             request.num_pending -= 1
             if request.num_dropped:
                 request.num_dropped -= 1
             elif not request.retired:
-                if token >= 0:
-                    request.append(token)
-                else:
-                    request.error, request.finish_reason = _no_token(request), "error"
+                request.append(token)
                 got_token.append(request)
         return got_token
 
@@ -348,11 +344,3 @@ class Scheduler:
         self._free_rows.append(request.row)
         request.row = None
         request.pages = []
-
-
-def _no_token(request: Request) -> RequestError:
-    return RequestError(
-        f"the model has no next token after {request.num_tokens} tokens: its logits are NaN, -inf or all banned; where "
-        "weights or activations overflow in float16, bfloat16 (--dtype) has room",
-        "no_finite_logits",
-    )
