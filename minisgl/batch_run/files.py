@@ -88,4 +88,4 @@ def _may_write(path: Path) -> bool:
 
 def is_stream(path: Path) -> bool:
     """Whether `path` is a pipe or a device: it can be written, and neither read again nor replaced."""
-    return path.exists() and not path.is_file()
+    return path.exists() and not path.is_file() and not path.is_dir()

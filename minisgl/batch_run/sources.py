@@ -104,7 +104,7 @@ def default_output(inputs: Sequence[str], shard: tuple[int, int] = (1, 1)) -> st
         path = Path(name.removeprefix(HUB).replace(":", "-").rpartition("/")[2])
     else:
         path = Path(name)
-        if is_stream(path) and not path.is_dir():
+        if is_stream(path):
             raise MinisglError(f"name the output with -o: {name} is a pipe or a device, which has no place beside it")
         for suffix in (*formats.COMPRESSIONS, *SUFFIXES):
             path = path.with_name(path.name.removesuffix(suffix) or path.name) if path.name else path.resolve()
