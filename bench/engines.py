@@ -60,6 +60,11 @@ def find_model(model: str, options: dict[str, Any]) -> tuple[Path, dict[str, Any
     return (shape, {"load_format": "dummy", **options}) if shape else (resolve_model(model), options)
 
 
+def shown(options: dict[str, Any]) -> dict[str, Any]:
+    """What a row says of an engine's options; its device has a field of its own."""
+    return {name: value for name, value in options.items() if name != "device"}
+
+
 def open_engines(folder: Path, options: dict[str, Any], baseline: str | None) -> Iterator[BenchEngine]:
     """minisgl, then the baseline of that name, if any; each is closed before the next opens."""
     with MinisglEngine(folder, options) as engine:
@@ -84,7 +89,7 @@ class MinisglEngine:
         self.device = torch.device(self.llm.config.device)  # the first of them
         self.dtype = self.llm.config.dtype
         self._options = options
-        self._preemptions = 0  # in the last run
+        self._preemptions_before = 0  # the last run
 
     def run(self, workload: Workload, with_times: bool = False) -> Outcome:
         token_times: list[list[float]] = [[] for _ in workload.prompts] if with_times else []
@@ -96,12 +101,11 @@ class MinisglEngine:
                 times += [now] * (request.num_output - len(times))
 
         self.llm.reset_prefix_cache()
-        preempted_before = self.llm.core.stats().preemptions
+        self._preemptions_before = self.llm.core.stats().preemptions
         started = time.perf_counter()
         requests += self.submit(workload)
         self.drain(note_times if with_times else None)
         seconds = time.perf_counter() - started
-        self._preemptions = self.llm.core.stats().preemptions - preempted_before
         cached_tokens = sum(request.cached_tokens for request in requests)
         return Outcome(seconds, sum(request.num_output for request in requests), cached_tokens, token_times)
 
@@ -135,9 +139,9 @@ class MinisglEngine:
                 after_step()
 
     def facts(self) -> dict[str, Any]:
-        options = {name: value for name, value in self._options.items() if name != "device"}
         config = self.llm.config
-        return {"num_devices": config.tp * config.dp, "preemptions": self._preemptions, "options": options}
+        preemptions = self.llm.core.stats().preemptions - self._preemptions_before
+        return {"num_devices": config.tp * config.dp, "preemptions": preemptions, "options": shown(self._options)}
 
     def __enter__(self) -> "MinisglEngine":
         return self

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minisgl.bench.engines import find_model
+from minisgl.bench.engines import find_model, shown
 from minisgl.bench.harness import environment, write_rows
 from minisgl.errors import MinisglError
 from minisgl.llm import LLM
@@ -68,7 +68,7 @@ def run(
             "seconds": round(seconds, 3),
             "tokens_per_s": round(tokens / seconds, 1),
             "dtype": llm.config.dtype,
-            "options": {name: value for name, value in options.items() if name != "device"},
+            "options": shown(options),
             **environment(device),
         }
     if json_path:

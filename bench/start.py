@@ -17,8 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from triton import knobs
 
-from minisgl.bench.engines import find_model
+from minisgl import LLM, SamplingParams
+from minisgl.bench.engines import find_model, shown
 from minisgl.bench.harness import environment, write_rows
 from minisgl.errors import MinisglError
 
@@ -48,7 +50,7 @@ def run(model: str, *, repeats: int = 3, json_path: Path | None = None, **option
             "num_compiled": each[-1]["num_compiled"],
             "num_devices": each[-1]["num_devices"],
             "dtype": each[-1]["dtype"],
-            "options": {name: value for name, value in options.items() if name != "device"},
+            "options": shown(options),
             **environment(torch.device(each[-1]["device"])),
         }
         if json_path:
@@ -84,16 +86,12 @@ def table(row: dict[str, Any]) -> str:
 
 def main(folder: str, options: dict[str, Any]) -> None:
     """Be the process that starts: a line when the engine is ready, and one when it has answered."""
-    from triton import knobs
-
     compiled = []
 
     def listen(*, cache_hit: bool, **_: Any) -> None:
         compiled.append(not cache_hit)
 
     knobs.compilation.listener = listen
-    from minisgl import LLM, SamplingParams
-
     try:
         with LLM(folder, **options) as llm:
             config = llm.config

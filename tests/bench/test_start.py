@@ -18,9 +18,8 @@ def test_rows_of_both_caches(tmp_path: Path) -> None:
     for row in rows:
         assert 0 < row["ready_s"] < row["answer_s"] and row["ready_s_all"] == [row["ready_s"]]
         assert row["options"] == {"num_pages": 64} and row["dtype"] == "float32" and row["num_compiled"] == 0
-        assert f"{row['caches']} caches" in start.table(row) and f"ready_s      {row['ready_s']:.2f}" in start.table(
-            row
-        )
+        table = start.table(row)
+        assert f"{row['caches']} caches" in table and f"ready_s      {row['ready_s']:.2f}" in table
 
 
 def test_an_engine_that_does_not_start(tmp_path: Path) -> None:
