@@ -17,8 +17,8 @@ with the tile's weights (wgmma). What it is made for:
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
-Where torch is faster (most widths above 64 rows: its kernels share copies within clusters, which Gluon cannot say),
-there is no tile.
+Where torch is faster (most widths above 64 rows), there is no tile. Copies shared by clusters of two, which Gluon can
+say from Triton 3.9 on, are no faster.
 
 A row's bits depend on how many rows there are, since that chooses the tile and S.
 """
