@@ -9,6 +9,9 @@ other workers.
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +68,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_model(name) -> folder of that checkpoint, made once a session; do not write to it."""
+    from tests.tiny_models import make
+
+    return cache(lambda name: make(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(autouse=True)

@@ -80,8 +80,8 @@ def device(request):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make("qwen3", tmp_path_factory.mktemp("qwen3"))
+def folder(tiny_model):
+    return tiny_model("qwen3")
 
 
 @pytest.fixture(scope="module")

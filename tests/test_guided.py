@@ -16,7 +16,6 @@ from minisgl.demo import MODEL_PATH  # noqa: E402
 from minisgl.errors import RequestError  # noqa: E402
 from minisgl.structured import ResponseFormat  # noqa: E402
 from tests.test_structured import schemas  # noqa: E402
-from tests.tiny_models import make  # noqa: E402
 
 SMALL = {"device": "cpu", "dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
 PROMPT = [5, 6, 7]
@@ -34,8 +33,8 @@ LONG = {"type": "object", "properties": {KEYS: {"enum": [1, 2]}}, "required": [K
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make("qwen3", tmp_path_factory.mktemp("qwen3"))
+def folder(tiny_model):
+    return tiny_model("qwen3")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["overlap", "no-overlap"])

@@ -8,8 +8,7 @@ import torch
 
 from minisgl import LLM, MinisglError, SamplingParams
 from minisgl.worker import LeadingEngine
-from tests.test_llm import prompts_of_all_kinds
-from tests.tiny_models import make
+from tests.tiny_models import prompts_of_all_kinds
 
 SMALL = {"device": "cpu", "dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64, "num_pages": 12}
 MANY = {"temperature": 1.0, "max_tokens": 20, "ignore_eos": True}
@@ -23,8 +22,8 @@ def _other_ranks_run_references():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make("qwen3", tmp_path_factory.mktemp("qwen3"))
+def folder(tiny_model):
+    return tiny_model("qwen3")
 
 
 def params_of_all_kinds():

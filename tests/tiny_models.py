@@ -3,6 +3,7 @@
 The weights are spread wide enough that greedy tokens have clear winners, biases and norm weights included.
 """
 
+import random
 from pathlib import Path
 
 from minisgl.bench.synthetic_tokenizer import SPECIAL_TOKENS, write_bpe
@@ -96,3 +97,15 @@ def make(name: str, folder: Path) -> Path:
 def make_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> None:
     """Write a byte-level BPE tokenizer of VOCAB_SIZE tokens, so that every id and every text is possible."""
     write_bpe(folder, MERGES, chat_template)
+
+
+def prompts_of_all_kinds(seed: int = 0) -> list[list[int]]:
+    """One token, a few, prompts longer than a step, a group that shares a prefix, and two that are the same."""
+    rng = random.Random(seed)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(VOCAB_SIZE) for _ in range(count)]
+
+    system = ids(48)
+    twin = ids(32)
+    return [ids(1), ids(7), ids(150), ids(100), system + ids(5), system + ids(20), system + ids(33), twin, list(twin)]
