@@ -32,6 +32,15 @@ HELP = """\
 /exit          end (so does Ctrl-D)
 \"\"\"            begins and ends a message of several lines
 Ctrl-C         stops the answer"""
+EXAMPLES = f"""\b
+{HELP}
+
+\b
+Examples:
+  minisgl chat
+  minisgl chat -m path/to/model --system "Answer in one sentence." --temperature 0.7
+  minisgl chat --url http://127.0.0.1:30000
+"""
 PROMPT, MORE, QUOTES = "> ", ". ", '"""'
 
 
@@ -179,7 +188,7 @@ def _read_line(prompt: str) -> str:
     return input(prompt if sys.stdin.isatty() else "")
 
 
-@click.command(cls=OneLineErrors, epilog="\b\n" + HELP, short_help="Talk to a model in the terminal.")
+@click.command(cls=OneLineErrors, epilog=EXAMPLES, short_help="Talk to a model in the terminal.")
 @model_option
 @url_option
 @click.option("--system", metavar="TEXT", help="A system message.")

@@ -6,11 +6,12 @@ from dataclasses import fields
 import pytest
 
 import minisgl
+from minisgl.cli.bench import bench
+from minisgl.cli.main import main
 from minisgl.config import EngineConfig
 from tests.cli.conftest import Invoke
 
-BENCHES = [["bench", name] for name in ("throughput", "latency", "serve", "kernels", "report")]
-COMMANDS = [[], ["run"], ["merge"], ["info"], ["bench"], *BENCHES]
+COMMANDS = [[], *([name] for name in main.commands), *(["bench", name] for name in bench.commands), ["eval", "compare"]]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
