@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from minisgl.demo import MODEL_PATH
 from minisgl.llm import LLM
 from minisgl.request import SamplingParams
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "prompts.jsonl"
 pytestmark = pytest.mark.skipif(not any(MODEL_PATH.glob("*.safetensors")), reason="needs the demo model's weights")
 
 
@@ -54,6 +56,21 @@ def test_a_job_that_stops_and_goes_on_gives_the_same_texts(tmp_path: Path) -> No
             job.finish()
     assert texts("pieces.jsonl") == texts("whole.jsonl")
     assert any(first != second for first, second in texts("whole.jsonl")), "samples have seeds of their own"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_examples_have_the_tokens_that_one_at_a_time_have_on_a_cpu(tmp_path: Path, device: str) -> None:
+    def tokens(name: str, **engine: Any) -> dict[str, list[int]]:
+        output = tmp_path / name
+        options = JobOptions([str(EXAMPLES)], str(output), sampling={"temperature": 0}, return_token_ids=True)
+        with LLM(dtype="float32", num_pages=300, **engine) as llm, Job(options) as job:
+            job.answer(llm)
+            job.finish()
+        rows = map(json.loads, output.read_text().splitlines())
+        return {row["id"]: row["token_ids"] for row in rows if row["finish_reason"] == "stop"}
+
+    expected = tokens("alone.jsonl", device="cpu", max_running=1)
+    assert len(expected) == 50 and tokens("together.jsonl", device=device) == expected
 
 
 def test_logprobs_are_in_the_row(tmp_path: Path) -> None:
