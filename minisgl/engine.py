@@ -9,8 +9,8 @@ Knows tensors and memory. Does not know scheduling, text or files.
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,7 +236,7 @@ class Engine:
 
     def _new_cache(self, num_pages: int, page_size: int) -> KVCache:
         model, kv_heads = self.model_config, self.model.shard.kv_heads.size
-        shape = (model.num_layers, num_pages, page_size, kv_heads, model.head_dim)
+        shape = (len(self.model.layers), num_pages, page_size, kv_heads, model.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         return KVCache(keys, values)
 
@@ -291,7 +291,6 @@ class Engine:
         see which kernels they launch, and once more to see them run."""
         rows, together = self.rows, self._tile_members(config)
         max_len = rows.tokens.shape[1]
-        kv = self._new_cache(1, config.page_size)
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
         prompt = Request(0, [0, 0], params, 3, frozenset())
         prompt.row = 0
@@ -306,7 +305,7 @@ class Engine:
             return rows.decode_batch(padding, bound, cascade)
 
         @torch.inference_mode()
-        def run_all() -> None:
+        def run_all(kv: KVCache) -> None:
             self._run(rows.load(step), kv)
             self._run(decodes(1, 1), kv)  # a grid that is small enough to ask for keys ahead
             for size in sizes:
@@ -323,11 +322,21 @@ class Engine:
             # Not `self.sample`, with which a first rank tells the others to do the same.
             Engine.sample(self, self._run(decodes(1, 1), kv, masked=True), masks, np.full(1, -1, np.int32))
 
-        with self.group.rehearsal():
+        with self._few_layers(), self.group.rehearsal():
+            kv = self._new_cache(1, config.page_size)
             with compile_ahead(self.device):
-                run_all()
-            run_all()
+                run_all(kv)
+            run_all(kv)
         rows.reset()
+
+    @contextmanager
+    def _few_layers(self) -> Iterator[None]:
+        """Inside, steps run through few layers, which launch all kernels that the whole model does."""
+        whole, self.model = self.model, self.model.excerpt()
+        try:
+            yield
+        finally:
+            self.model = whole
 
     def _fit(self, config: EngineConfig, num_pages: int) -> EngineConfig:
         """Keep max_len within the pages there are, so that any request that is let in can finish alone."""

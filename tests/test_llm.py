@@ -154,16 +154,17 @@ def test_shared_prefixes_read_together_do_not_change_the_tokens(tiny_model, name
 
 
 @pytest.mark.gpu
-def test_nothing_compiles_after_the_first_job(tiny_model, monkeypatch):
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-window"])
+def test_nothing_compiles_after_the_start(tiny_model, monkeypatch, name):
     from triton import knobs
 
     compiled: list[str] = []
     monkeypatch.setattr(attention_decode, "MANY", 20)  # fewer sequences than run
-    with LLM(tiny_model("qwen3"), device="cuda", dtype="bfloat16", page_size=16, max_running=32, num_pages=400) as llm:
+    with LLM(tiny_model(name), device="cuda", dtype="bfloat16", page_size=16, max_running=32, num_pages=400) as llm:
         assert attention_decode.many_sequences(llm.core.engine.model.shard.kv_heads.size) <= 32
-        llm.generate(prompts_of_all_kinds(), GREEDY)
         knobs.runtime.jit_post_compile_hook = lambda **options: compiled.append(options["fn"].name)
         try:
+            llm.generate(prompts_of_all_kinds(), GREEDY)
             for seed in range(1, 4):
                 llm.generate(prompts_of_all_kinds(seed)[seed:] * seed, SamplingParams(top_k=5, max_tokens=7 + seed))
             llm.generate([[1, 2, 3]] * 32, GREEDY)

@@ -5,6 +5,7 @@ between calls: the KV cache is passed.
 """
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 import torch
@@ -130,6 +131,14 @@ class Decoder:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits  # [N, V] of hidden states  # [N, hidden]."""
         return self.ops.linear(hidden, self.lm_head, None)
+
+    def excerpt(self) -> "Decoder":
+        """The same model with the first layer of each window and the last: they launch all kernels that it does."""
+        windows, short = self.config.windows, copy(self)
+        places = sorted({*map(windows.index, windows), len(windows) - 1})
+        short.layers = [self.layers[place] for place in places]
+        short.norms_after = [self.norms_after[place] for place in places]
+        return short
 
     def run_matmuls(self, num_rows: int) -> None:
         """Run each kind of matmul on rows of zeros, and the norms that may find parts of one, so that their kernels for

@@ -10,14 +10,16 @@ from minisgl.demo import MODEL_PATH
 from minisgl.errors import MinisglError
 
 
-def test_rows_of_both_caches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_rows_of_both_caches(tmp_path: Path, device: str) -> None:
     path = tmp_path / "rows.jsonl"
-    rows = list(start.run(str(MODEL_PATH), repeats=1, json_path=path, device="cpu", num_pages=64))
+    rows = list(start.run(str(MODEL_PATH), repeats=1, json_path=path, device=device, dtype="float32", num_pages=64))
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     assert [row["caches"] for row in rows] == ["cold", "warm"]
     for row in rows:
         assert 0 < row["ready_s"] < row["answer_s"] and row["ready_s_all"] == [row["ready_s"]]
-        assert row["options"] == {"num_pages": 64} and row["dtype"] == "float32" and row["num_compiled"] == 0
+        assert row["options"] == {"dtype": "float32", "num_pages": 64} and row["dtype"] == "float32"
+        assert (row["num_compiled"] > 10) == (row["caches"] == "cold" and device == "cuda")
         table = start.table(row)
         assert f"{row['caches']} caches" in table and f"ready_s      {row['ready_s']:.2f}" in table
 

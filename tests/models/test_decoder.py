@@ -1,5 +1,7 @@
 """Logits equal those of transformers, whichever way a text is cut into prefill chunks and decode steps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -134,6 +136,15 @@ def test_matmuls_in_parts(case, texts):
         torch.stack([expected[0][33], expected[1][-1]]),
     )
     assert len(numbers) == 4 * len(model.decoder.layers)
+
+
+def test_an_excerpt_has_a_layer_of_each_window_and_the_last(tiny_model):
+    config = replace(ModelConfig.from_folder(tiny_model("qwen3")), num_layers=6, windows=(0, 0, 8, 8, 0, 0))
+    whole = Decoder(config, device=CPU, dtype=torch.float32, max_len=16)
+    short = whole.excerpt()
+    assert short.layers == [whole.layers[0], whole.layers[2], whole.layers[5]]
+    assert short.norms_after == [whole.layers[1].attention_norm, whole.layers[3].attention_norm, whole.norm]
+    assert len(whole.layers) == 6 and short.lm_head is whole.lm_head
 
 
 def test_norms_of_parts_run_before_they_are_needed(tiny_model, monkeypatch):
