@@ -13,7 +13,8 @@ with the tile's weights (wgmma). What it is made for:
 - Weights do not depend on the kernel before: the producer fills the ring with them before it waits for that kernel
   (see dependent_launch.py), so that loading begins while norms and attention still run.
 - A tile takes all rows of x where it can, so that a weight goes from memory to a multiprocessor once. Its width is such
-  that all programs run at once, 96 outputs of 192 rows of the weight too, which is one tile of 128 and one of 64.
+  that almost all multiprocessors have one program: 96 outputs of 192 rows of the weight too, which is one tile of 128
+  and one of 64. So most bounds of TILES are the 132 multiprocessors of an H200 times a width.
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
@@ -53,7 +54,7 @@ MOST_PARTS = 4  # with more, reading them takes the norm longer than the matmul 
 MIN_PART_BLOCKS = 4  # a part has at least so many blocks of inputs
 # Above FEW_ROWS rows, a weight of more elements than SMALL_WEIGHT needs so many of the multiprocessors; and no tile may
 # wait for another.
-FEW_ROWS, SMALL_WEIGHT, MIN_FILL = 64, 1 << 23, 0.8
+FEW_ROWS, SMALL_WEIGHT, MIN_FILL = 64, 1 << 23, 0.82
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 PAIRS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
 PRODUCER_REGISTERS = 40  # of a thread
@@ -73,24 +74,39 @@ class Tile(NamedTuple):
 # faster.
 TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
     "sm_90": {
+        (WHOLE, 64, 4224): Tile(1, 64, 32, 0, 8),
+        (WHOLE, 64, 6336): Tile(1, 64, 32, 16, 12),
         (WHOLE, 64, 8448): Tile(1, 64, 64, 0, 8),
         (GATED, 64, 4224): Tile(1, 64, 64, 0, 8),
+        (GATED, 64, 6336): Tile(1, 64, 64, 32, 8),
         (GATED, 64, 8448): Tile(1, 64, 128, 0, 8),
+        (GATED, 64, 10560): Tile(1, 64, 128, 32, 7),
         (GATED, 64, 12672): Tile(1, 64, 128, 64, 5),
+        (GATED, 64, 16896): Tile(1, 64, 128, 0, 8),
+        (GATED, 64, 17952): Tile(1, 64, 256, 16, 5),
+        (GATED, 64, 19008): Tile(1, 64, 128, 16, 7),
         (GATED, 64, ANY): Tile(1, 64, 128, 0, 8),
-        (GATED, 128, 4224): Tile(2, 64, 64, 0, 6),
+        (GATED, 128, 4224): Tile(2, 64, 64, 0, 8),
+        (GATED, 128, 6336): Tile(2, 64, 64, 32, 7),
         (GATED, 128, 8448): Tile(2, 64, 128, 0, 6),
-        (GATED, 128, 12672): Tile(2, 64, 128, 64, 4),
+        (GATED, 128, 10560): Tile(2, 64, 128, 32, 6),
+        (GATED, 128, 12672): Tile(2, 64, 128, 64, 5),
+        (GATED, 128, 17952): Tile(2, 64, 256, 16, 4),
         (GATED, 192, 4224): Tile(3, 64, 64, 0, 6),
+        (GATED, 192, 10560): Tile(3, 64, 128, 32, 5),
         (GATED, 192, 12672): Tile(3, 64, 128, 64, 4),
         (GATED, 256, 4224): Tile(1, 64, 128, 64, 4),
         (GATED, 256, 12672): Tile(2, 128, 128, 64, 4),
+        (PARTS, 64, 2112): Tile(1, 64, 64, 0, 8),
+        (PARTS, 64, 4224): Tile(1, 64, 64, 0, 10),
+        (PARTS, 64, 5280): Tile(1, 64, 64, 16, 10),
         (PARTS, 64, ANY): Tile(1, 64, 128, 0, 8),
-        (PARTS, 128, 4224): Tile(2, 64, 64, 0, 6),
+        (PARTS, 128, 4224): Tile(2, 64, 64, 0, 8),
+        (PARTS, 128, 5280): Tile(2, 64, 64, 16, 8),
         (PARTS, 128, ANY): Tile(2, 64, 128, 0, 6),
-        (PARTS, 192, 2048): Tile(2, 64, 64, 0, 6),
+        (PARTS, 192, 2112): Tile(2, 64, 64, 0, 8),
         (PARTS, 192, 4224): Tile(3, 64, 64, 0, 6),
-        (PARTS, 256, 2048): Tile(2, 64, 64, 0, 6),
+        (PARTS, 256, 2112): Tile(2, 64, 64, 0, 8),
         (PARTS, 256, 4224): Tile(2, 64, 128, 0, 6),
     }
 }

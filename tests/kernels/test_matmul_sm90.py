@@ -148,8 +148,9 @@ def test_parts_fill_the_gpu(outputs, inputs, parts):
         (PARTS, 4096, 12288, True),
         (PARTS, 1024, 3072, True),
         (GATED, 3072, 1024, True),
-        (GATED, 6144, 4096, False),  # 96 programs
-        (GATED, 14336, 4096, False),  # 150
+        (GATED, 17408, 5120, True),
+        (GATED, 5120, 4096, False),  # 107 programs
+        (GATED, 14336, 4096, False),  # 106
         (PARTS, 3072, 8192, False),  # 96
     ],
 )
