@@ -1,5 +1,5 @@
-"""The matmuls of large decode batches on Hopper at the shapes of Qwen3-0.6B and 8B, bf16, each launch with another copy
-of the weight, beside torch's; a gated one beside torch's and the gate."""
+"""The matmuls of large decode batches on Hopper at shapes of Qwen3-0.6B to 14B, bf16, each launch with another copy of
+the weight, beside torch's; a gated one beside torch's and the gate."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -23,7 +23,7 @@ from minisgl.kernels.matmul_sm90 import (
 )
 from minisgl.kernels.silu_mul import silu_mul
 
-# Kind, N, K of qkv, o, gate and up, down of each model.
+# Kind, N, K of qkv, o, gate and up, down of 0.6B and 8B; then of others that have tiles of their own.
 SHAPES = (
     (WHOLE, 4096, 1024),
     (PARTS, 1024, 2048),
@@ -33,14 +33,27 @@ SHAPES = (
     (PARTS, 4096, 4096),
     (GATED, 12288, 4096),
     (PARTS, 4096, 12288),
+    (WHOLE, 7168, 5120),
+    (GATED, 6144, 2048),
+    (PARTS, 2048, 6144),
+    (GATED, 9728, 2560),
+    (GATED, 17408, 5120),
+    (PARTS, 5120, 17408),
+    (GATED, 18944, 3584),
 )
 ROWS = (32, 64, 128, 192, 256)
 COPIES_BYTES = 256 << 20  # several times an L2 cache: in a graph of many launches too, weights come from memory
 # By consumer groups and rows of each; those that hold a bucket's rows in up to four tiles are tried.
 BLOCKS = {
-    (1, 64): ((64, 0, 8), (128, 0, 8), (128, 64, 4)),
-    (2, 64): ((64, 0, 6), (128, 0, 6), (128, 64, 4), (256, 0, 4)),
-    (3, 64): ((64, 0, 6), (128, 64, 4)),
+    (1, 64): (
+        *((32, 0, 8), (32, 16, 12), (64, 0, 8), (64, 0, 10), (64, 16, 10), (64, 32, 8), (128, 0, 8), (128, 16, 7)),
+        *((128, 32, 7), (128, 64, 4), (128, 64, 5), (256, 16, 5)),
+    ),
+    (2, 64): (
+        *((64, 0, 8), (64, 16, 8), (64, 32, 7), (128, 0, 6), (128, 32, 6)),
+        *((128, 64, 5), (256, 0, 4), (256, 16, 4)),
+    ),
+    (3, 64): ((64, 0, 6), (128, 32, 5), (128, 64, 4)),
     (2, 128): ((128, 0, 4), (128, 64, 4)),
 }
 
