@@ -23,6 +23,7 @@ class Feeder(Generic[Item, Made]):
     def __init__(self, items: Iterator[Item], prepare: Callable[[Sequence[Item]], list[Made]], size: int):
         self._items, self._prepare, self._size = items, prepare, size
         self._ready: Queue[list[Made] | BaseException | None] = Queue(maxsize=1)
+        self._failure: Exception | None = None  # of reading
         self._closing = Event()
         self.exhausted = False
         self._thread = Thread(target=self._feed, name="feeder", daemon=True)
@@ -30,7 +31,7 @@ class Feeder(Generic[Item, Made]):
 
     def take(self, *, wait: bool) -> list[Made]:
         """The next burst. Empty when none is ready: with `wait` only after a moment, or when there is none any more,
-        which `exhausted` says. Raises what reading or preparing raised."""
+        which `exhausted` says. Raises what reading or preparing raised, once all that came before it is taken."""
         if self.exhausted:
             return []
         try:
@@ -54,14 +55,18 @@ class Feeder(Generic[Item, Made]):
                 self._hand_over(burst)
                 if len(burst) < self._size:
                     break
-            self._hand_over(None)
+            self._hand_over(self._failure)
         except BaseException as error:
             self._hand_over(error)
 
     def _make(self) -> list[Made]:
         burst: list[Made] = []
-        while len(burst) < self._size and not self._closing.is_set():
-            chunk = list(islice(self._items, min(CHUNK_ITEMS, self._size - len(burst))))
+        while len(burst) < self._size and not self._closing.is_set() and not self._failure:
+            chunk: list[Item] = []
+            try:
+                chunk.extend(islice(self._items, min(CHUNK_ITEMS, self._size - len(burst))))
+            except Exception as error:  # the chunk has the items before it
+                self._failure = error
             if not chunk:
                 break
             burst += self._prepare(chunk)

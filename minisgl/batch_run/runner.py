@@ -16,6 +16,7 @@ from minisgl.batch_run.prompts import Leaders, OnLong, Prepared, PromptMaker
 from minisgl.batch_run.row_run import RowRun, Summary
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError
 from minisgl.chat import ChatPrompt
+from minisgl.errors import MinisglError
 from minisgl.request import CHOICE_STRIDE, Request, Result, Usage
 
 if TYPE_CHECKING:
@@ -66,19 +67,27 @@ class BatchRun(RowRun):
         self._spellings: dict[int, str] = {}  # of the vocabulary, at most
 
     def run(self, rows: Iterable[Row | BadRow]) -> Summary:
-        """Answer every row. A row's own fault becomes its error row; any other exception ends the run."""
+        """Answer every row. A row's own fault becomes its error row; any other exception ends the run, that of an input
+        which cannot be read on once the rows before it are answered."""
         self.summary = Summary()
         feeder = Feeder(iter(rows), self.maker.prepare, self.burst)
+        unreadable: MinisglError | None = None
         try:
             while self._pending or not feeder.exhausted:
                 if self.should_stop():
                     self._drop_waiting()
                     break
                 if len(self._pending) + self._num_following <= self.burst:
-                    self._admit(feeder.take(wait=not self._pending))
+                    try:
+                        burst = feeder.take(wait=not self._pending)
+                    except MinisglError as error:
+                        burst, unreadable = [], error
+                    self._admit(burst)
                 self._step()
             while self._pending:
                 self._step()
+            if unreadable:
+                raise unreadable
         finally:
             feeder.close()
         self.summary.ended_s = time.perf_counter()

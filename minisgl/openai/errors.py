@@ -8,6 +8,7 @@ from typing import Any
 from minisgl.errors import RequestError
 
 CODES = {"prompt_too_long": "context_length_exceeded"}  # what clients compare with; our other types are the codes
+MODEL_FAULTS = ("no_finite_logits",)  # types of errors that the request is not to blame for
 
 
 class FieldError(RequestError):
@@ -26,5 +27,6 @@ def error_object(
 
 
 def request_error_object(error: RequestError) -> dict[str, Any]:
-    """The error object of what is wrong with a request."""
-    return error_object(str(error), param=getattr(error, "param", None), code=CODES.get(error.type, error.type))
+    """The error object of a request that cannot be answered."""
+    type = "server_error" if error.type in MODEL_FAULTS else "invalid_request_error"
+    return error_object(str(error), type, getattr(error, "param", None), CODES.get(error.type, error.type))

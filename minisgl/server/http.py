@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import RequestError
-from minisgl.openai.errors import error_object, request_error_object
+from minisgl.openai.errors import MODEL_FAULTS, error_object, request_error_object
 from minisgl.server.answering import EngineFailed, Unavailable
 from minisgl.server.engine_client import DeadlinePassed, EngineDied
 
@@ -24,7 +24,7 @@ log = logging.getLogger("minisgl.server")
 
 Value = TypeVar("Value")
 JSON_TYPE = "application/json"
-STATUS = {"model_not_found": 404, "not_found": 404}
+STATUS = {"model_not_found": 404, "not_found": 404, **dict.fromkeys(MODEL_FAULTS, 500)}
 CLIENT_GONE = 499  # nginx's; nobody reads it but the log
 
 

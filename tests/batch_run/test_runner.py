@@ -308,13 +308,16 @@ def test_too_many_errors_end_the_run(fake_llm: Any) -> None:
     Job(fake_llm(), max_errors=4)(rows_of(b"1", b"2", b"3", b"4"))
 
 
-def test_what_reading_raises_ends_the_run(fake_llm: Any) -> None:
-    def rows() -> Iterator[Row]:
-        yield row(0)
+@pytest.mark.parametrize("num_rows", [0, 1, 70, 300])  # of bursts of 256
+def test_what_reading_raises_ends_the_run_once_the_rows_before_it_are_answered(fake_llm: Any, num_rows: int) -> None:
+    def rows() -> Iterator[Row | BadRow]:
+        yield from map(row, range(num_rows))
         raise MinisglError("the file breaks off")
 
+    job = Job(fake_llm(), max_inflight=1024)
     with pytest.raises(MinisglError, match="breaks off"):
-        Job(fake_llm())(rows())
+        job(rows())
+    assert sorted(job.rows) == list(range(num_rows))
 
 
 def test_each_burst_is_handed_over_at_once(fake_llm: Any) -> None:
