@@ -3,8 +3,6 @@
 import pytest
 
 from minisgl.errors import RequestError
-
-pytest.importorskip("starlette")
 from minisgl.openai.errors import FieldError
 from minisgl.server.http import error_parts
 
