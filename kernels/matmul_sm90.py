@@ -18,8 +18,12 @@ with the tile's weights (wgmma). What it is made for:
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
-Where torch is faster (most widths above 64 rows), there is no tile. Copies shared by clusters of two, which Gluon can
-say from Triton 3.9 on, are no faster.
+Where torch is faster (most widths above 64 rows), there is no tile. Tried without gain on an H200:
+- copies shared by clusters of two, which Gluon can say from Triton 3.9 on;
+- weights asked for in L2 by pages of DRAM, ahead of the ring: two to three times as slow;
+- norms as part of these matmuls, as in `skinny_matmul`: a tile's last program adds its parts and the residual, and the
+  next matmul divides. A layer of Qwen3-8B without attention takes 131 us in place of 111 at 64 rows, and 139 in place
+  of 124 at 128: what the last programs do is on the way of all, and a norm runs while the next ring fills.
 
 A row's bits depend on how many rows there are, since that chooses the tile and S.
 """
