@@ -1,6 +1,6 @@
 """Every setting of the engine, with its default, range and help text. The command line is made from this table.
 
-Knows names, ranges and defaults. Does not know devices or models: `Engine` resolves "auto" once, through `replace`.
+Knows names, ranges and defaults. Does not know devices or models: `resolve` replaces "auto" once.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ def check_fields(settings: Any, error: Callable[[str], MinisglError]) -> None:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """All engine settings. Frozen: `Engine` derives the resolved one, and everything later reads that."""
+    """All engine settings. Frozen: `resolve` derives the resolved one, and everything later reads that."""
 
     model: str = option(
         "", "Model folder or Hugging Face id. [default: the demo model that ships with minisgl]", flag=""

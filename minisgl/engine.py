@@ -225,7 +225,8 @@ class Engine:
         """Most sequences that attend to a shared prefix in one program; 0 when none do."""
         shard = self.model.shard
         together = tile_members(shard.q_heads.size, shard.kv_heads.size, self.dtype)
-        return together if config.cascade and use_triton(self.model.lm_head) and together > 1 else 0
+        all_windows = all(self.model_config.windows)  # whose attention reads no shared prefix by itself
+        return together if config.cascade and use_triton(self.model.lm_head) and together > 1 and not all_windows else 0
 
     def _new_graphs(self) -> StepGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:

@@ -105,7 +105,7 @@ class EngineCore(Core):
         if not request.retired:
             request.finish_reason = request.finish_reason or "abort"
             self.scheduler.retire(request)
-        elif request in self._progressed:
+        if request in self._progressed:
             self._progressed.remove(request)
 
     def abort_all(self) -> None:
@@ -152,6 +152,8 @@ class EngineCore(Core):
     def _step(self) -> None:
         step = self.scheduler.schedule()
         launched = InFlight(step) if step.num_tokens else None
+        if not launched and (step.new_rows or step.page_updates):
+            self.scheduler.roll_back(step)  # the device is not told of them
         if launched:
             self._in_flight.append(launched)
             masked = any(request.matcher for request in step.sampled)

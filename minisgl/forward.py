@@ -67,12 +67,6 @@ class Forward:
     scored: Logprobs | None = None  # of the prompt tokens that the step's chunks score, in their order
     pooled: torch.Tensor | None = None  # [chunks that pool, hidden] fp32, their sums of hidden states
 
-    def tensors(self) -> list[torch.Tensor]:
-        """What the step made, and where."""
-        made = [self.rows, self.positions, self.logits, self.ids, self.pooled]
-        made += [*(self.logprobs or ()), *(self.scored or ())]
-        return [x for x in made if x is not None]
-
     def first(self, count: int) -> "Forward":
         """The same of the first samples alone: without padding."""
 

@@ -66,6 +66,7 @@ class LLM:
         self.config = self.core.config
         # Requests whose text is made while they run: for stop strings, or for a stream.
         self._outputs: dict[Request, OutputText] = {}
+        self._ended: list[tuple[Request, Result]] = []  # that no `step` has told yet
         self._grammars: GrammarCompiler | None = None
 
     @cached_property
@@ -205,7 +206,9 @@ class LLM:
         try:
             while True:
                 while not output.deltas:
-                    self.step()
+                    if request not in self._outputs:
+                        raise MinisglError("the request was ended while its stream was read")
+                    self._ended = self.step()
                 delta = output.deltas.popleft()
                 if delta.result is None:
                     yield delta
@@ -236,8 +239,8 @@ class LLM:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that wait or run."""
-        return self.core.num_unfinished
+        """Requests that wait, or run, or have ended without that `step` has told."""
+        return self.core.num_unfinished + len(self._ended)
 
     def new_request(
         self,
@@ -285,7 +288,6 @@ class LLM:
 
     def step(self) -> list[tuple[Request, Result]]:
         """Run a step of the engine; returns the requests that ended. Streamed ones are answered by their streams."""
-        ended = []
         for request in self.core.step():
             output = self._outputs.get(request)
             if output and output.update() and request.finish_reason != "error":
@@ -294,7 +296,8 @@ class LLM:
             if request.finish_reason:
                 result = self._result(request)
                 if output is None or output.deltas is None:
-                    ended.append((request, result))
+                    self._ended.append((request, result))
+        ended, self._ended = self._ended, []
         return ended
 
     def abort(self, request: Request) -> None:
@@ -365,14 +368,19 @@ class LLM:
         """Answer requests to the end; the results are in their order."""
         results: dict[Request, Result] = {}
         requests = [request for request in made if isinstance(request, Request)]
+        own, others = set(requests), []
         self.submit(requests)
         try:
             with tqdm(total=len(made), initial=len(made) - len(requests), unit="prompt", disable=not progress) as bar:
                 while len(results) < len(requests):
-                    ended = self.step()
-                    results.update(ended)
-                    bar.update(len(ended))
+                    for request, result in self.step():
+                        if request in own:
+                            results[request] = result
+                            bar.update()
+                        else:
+                            others.append((request, result))
         finally:
+            self._ended += others
             for request in requests:
                 self.abort(request)
         return [results[one] if isinstance(one, Request) else Result("", [], "error", Usage(), one) for one in made]

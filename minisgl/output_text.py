@@ -34,7 +34,7 @@ class OutputText:
     def update(self) -> bool:
         """Take in the tokens that the request has got; True when a stop string ends it."""
         request = self._request
-        new = request.output_ids[self._num_seen :]
+        new = request.tokens[request.num_prompt + self._num_seen : request.num_tokens].tolist()
         text = ""
         for token in new:
             self._num_seen += 1

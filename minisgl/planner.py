@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 
 from minisgl.kernels.common_prefix import common_prefix_lengths
+from minisgl.kernels.launch import use_device
 from minisgl.radix_cache import common_prefix_length
 from minisgl.request import Request
 
@@ -38,6 +39,7 @@ def neighbour_prefix_lengths(prompts: list[npt.NDArray[np.int32]], device: torch
     if device.type != "cuda" or longest.sum() < KERNEL_MIN_TOKENS:
         pairs = zip(prompts, prompts[1:], strict=False)
         return np.array([common_prefix_length(a, b) for a, b in pairs], np.int32)
+    use_device(device)  # the kernel is launched on the current one
     tokens = torch.from_numpy(np.concatenate(prompts)).to(device)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths[:-1], dtype=np.int64)])).to(device)
     shared = torch.from_numpy(longest).to(device)

@@ -71,8 +71,15 @@ class RadixCache:
             shared = common_prefix_length(tokens[node.depth :], child.key) // self.page_size * self.page_size
             node = child if shared == len(child.key) else self._split(child, shared)
             node.last_use = next(self._clock)
-            node.uses += 1
             pages += node.pages
+
+    def count_use(self, node: Node, above: Node | None = None) -> None:
+        """A request goes on behind `node`, up from which each node has been used once more, until `above` (the root).
+        What is only looked for is not used."""
+        walk: Node | None = node
+        while walk is not None and walk is not above:
+            walk.uses += 1
+            walk = walk.parent
 
     def insert(self, node: Node, tokens: Tokens, pages: list[int]) -> tuple[Node, list[int]]:
         """Add the whole pages of `tokens` below `node`, a node on their path; `pages` hold the KV from node.depth on.
@@ -176,10 +183,10 @@ class RadixCache:
         """Cut a node after its first `at` tokens; returns the new upper node."""
         assert node.parent is not None and 0 < at < len(node.key)
         cut = at // self.page_size
-        upper = Node(node.key[:at], node.pages[:cut], node.parent, node.born)
+        upper = Node(node.key[:at].copy(), node.pages[:cut], node.parent, node.born)
         upper.locks, upper.last_use, upper.uses = node.locks, node.last_use, node.uses
         node.parent.children[self._page_key(upper.key)] = upper
-        node.key, node.pages, node.parent = node.key[at:], node.pages[cut:], upper
+        node.key, node.pages, node.parent = node.key[at:].copy(), node.pages[cut:], upper
         upper.children[self._page_key(node.key)] = node
         return upper
 
@@ -192,7 +199,7 @@ class RadixCache:
         assert parent is not None and leaf.locks == 0
         if keep:
             leaf.depth -= dropped * self.page_size
-            leaf.key, leaf.pages = leaf.key[: keep * self.page_size], leaf.pages[:keep]
+            leaf.key, leaf.pages = leaf.key[: keep * self.page_size].copy(), leaf.pages[:keep]
             self._queue(leaf)
         else:
             del parent.children[self._page_key(leaf.key)]

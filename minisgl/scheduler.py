@@ -107,8 +107,17 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self) -> Step:
-        """Choose the next step and reserve its pages. The step is empty only when there is nothing to do."""
+        """Choose the next step and reserve its pages. The step is empty only when there is nothing to do; when this
+        raises, it is rolled back."""
         step = Step(stamp=self.cache.stamp() if self.cache else 0)
+        try:
+            self._fill(step)
+        except BaseException:
+            self.roll_back(step)
+            raise
+        return step
+
+    def _fill(self, step: Step) -> None:
         preemptions = self.num_preemptions
         self._schedule_decodes(step)
         for request in list(self.running):
@@ -118,7 +127,6 @@ class Scheduler:
             self._admit(step)
         if self.cascade:
             step.cascade = self.cascade.plan(step.decodes)
-        return step
 
     def complete(self, step: Step, ids: npt.NDArray[np.int32]) -> list[Request]:
         """Append the sampled ids of a step that ran; returns the requests that got one. The caller retires the
@@ -155,8 +163,10 @@ class Scheduler:
     def roll_back(self, step: Step) -> None:
         """A step failed: take its prefixes out of the tree and its requests back to the queue. Steps in flight are
         rolled back from the newest to the oldest."""
-        failed = set(step.sampled) | {chunk.request for chunk in step.chunks}
+        failed = {*step.sampled, *step.new_rows, *(chunk.request for chunk in step.chunks)}
         failed |= {request for request, node in self._nodes.items() if node.born > step.stamp}
+        rows = {row for row, _, _ in step.page_updates}  # of pages that the device may not have been told of
+        failed |= {request for request in self.running if request.row in rows}
         for request in [request for request in reversed(self.running) if request in failed]:
             self._leave(request, keep_prefix=False)
             self._requeue(request)
@@ -240,6 +250,8 @@ class Scheduler:
                 if self.cache and node:
                     self.cache.unlock(node)
                 return
+            if self.cache and node:
+                self.cache.count_use(node)
             self.waiting.popleft()
             request.row = self._free_rows.pop()
             self.running[request] = None
@@ -258,6 +270,7 @@ class Scheduler:
         if pages:
             self.cache.lock(deeper)
             self.cache.unlock(node)
+            self.cache.count_use(deeper, node)
             self._nodes[request] = deeper
             self._adopt(step, request, pages)
 
@@ -271,7 +284,7 @@ class Scheduler:
             request.cached_tokens = min(found, request.num_prompt - 1)
 
     def _share(self, request: Request) -> None:
-        """Put the request's whole pages in the tree; a page of the same tokens that is there already stays its own."""
+        """Put the request's whole pages in the tree."""
         if not self.cache:
             return
         node = self._nodes[request]

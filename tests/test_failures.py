@@ -164,7 +164,32 @@ def test_a_request_that_is_given_up_after_a_failure_is_not_told_later(monkeypatc
         monkeypatch.setattr(llm.core.engine, "sample", fail_once)
         with pytest.raises(RuntimeError, match="broken"):
             llm.generate(*ONE_MASKED)
-        assert len(llm.generate(["Hi", "Ho"], SamplingParams(temperature=0, max_tokens=2))) == 2
+        lengths = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in (2, 6)]
+        assert [result.usage.completion_tokens for result in llm.generate(["Hi", "Ho"], lengths)] == [2, 6]
+
+
+@pytest.mark.parametrize("name", ["_share", "_give_pages"])
+def test_an_interrupt_while_a_step_is_made_leaves_no_prefix_that_was_not_computed(tiny_model, monkeypatch, name):
+    with LLM(tiny_model("qwen3"), device="cpu", **{**SMALL, "max_step_tokens": 256}) as llm:
+        expected = llm.generate(list(range(100)), GREEDY)[0].token_ids
+        llm.reset_prefix_cache()
+        for cache in (llm.core.engine.kv.keys, llm.core.engine.kv.values):
+            cache.zero_()
+        scheduler = llm.core.scheduler
+        run = getattr(scheduler, name)
+
+        def interrupted(*args):
+            run(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(scheduler, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(list(range(100)), GREEDY)
+        monkeypatch.setattr(scheduler, name, run)
+        [after] = llm.generate(list(range(100)), GREEDY)
+        assert (after.token_ids, after.usage.cached_tokens) == (expected, 0)
+        llm.reset_prefix_cache()
+        assert scheduler.pool.num_free == scheduler.pool.num_pages
 
 
 def test_a_step_that_fails_leaves_the_engine_usable(tiny_model, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minisgl import LLM, SamplingParams
-from minisgl.errors import RequestError
+from minisgl.errors import MinisglError, RequestError
 from tests.tiny_models import VOCAB_SIZE, make
 
 SMALL = {"device": "cpu", "dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
@@ -213,6 +213,29 @@ def test_streams_run_side_by_side_and_end_early(llm):
     streams[0].close()
     got[1] += [token for delta in streams[1] for token in delta.token_ids]
     assert got[0] == expected[0][: len(got[0])] and got[1] == expected[1]
+
+
+def test_a_stream_whose_request_is_ended_elsewhere_says_so(llm):
+    stream = llm.stream("Hello", SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    [request] = llm.core.scheduler.running
+    llm.abort(request)
+    with pytest.raises(MinisglError, match="ended while its stream was read"):
+        list(stream)
+
+
+def test_requests_that_end_during_other_calls_are_told_by_the_next_step(llm):
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    for call in (
+        lambda: list(llm.stream("Hello", SamplingParams(max_tokens=10, ignore_eos=True))),
+        lambda: llm.generate(["a", "b"], [params, SamplingParams(max_tokens=9, ignore_eos=True)]),
+    ):
+        request = llm.new_request([5, 6, 7], params, index=0)
+        llm.submit([request])
+        call()
+        assert request.finish_reason == "length" and llm.num_unfinished == 1
+        [(told, result)] = llm.step()
+        assert told is request and result.usage.completion_tokens == 3 and llm.num_unfinished == 0
 
 
 def test_a_stop_string_ends_a_stream(llm):

@@ -7,11 +7,25 @@ import torch
 
 from minisgl import LLM, SamplingParams, graphs
 from minisgl.engine import Engine
-from minisgl.forward import NOTHING_MORE
+from minisgl.forward import NOTHING_MORE, Forward
 from minisgl.graphs import Captured, Key, StepGraphs
 from tests.tiny_models import make
 
 SMALL = {"device": "cpu", "dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
+
+
+def tensors(made: Forward) -> list[torch.Tensor]:
+    """What a step made, and where."""
+    found = [
+        made.rows,
+        made.positions,
+        made.logits,
+        made.ids,
+        made.pooled,
+        *(made.logprobs or ()),
+        *(made.scored or ()),
+    ]
+    return [x for x in found if x is not None]
 
 
 class Replayed(StepGraphs):
@@ -21,12 +35,12 @@ class Replayed(StepGraphs):
         inputs = self._new_inputs(key)
         made = self._forward(self._batch(key, inputs), key)
         self._forget_inputs()
-        static = made.tensors()
+        static = tensors(made)
 
         class Graph:
             def replay(graph) -> None:
                 again = self._forward(self._batch(key, inputs), key)
-                for kept, new in zip(static, again.tensors(), strict=True):
+                for kept, new in zip(static, tensors(again), strict=True):
                     kept.copy_(new)
 
         self._graphs[key] = Captured(Graph(), made, inputs)

@@ -107,10 +107,22 @@ def test_policies(policy, first):
     texts = [np.full(PAGE, token, np.int32) for token in (1, 2, 3)]
     for page, text in enumerate(texts, start=1):
         cache.insert(cache.root, text, [page])
-    cache.match(texts[0])
-    cache.match(texts[0])
-    cache.match(texts[2])
+    for text in (texts[0], texts[0], texts[2]):
+        cache.count_use(cache.match(text)[0])
     assert cache.evict(1) == [first]
+
+
+def test_what_is_looked_for_in_vain_is_not_used():
+    cache = RadixCache(PAGE, "lfu")
+    inner, _ = cache.insert(cache.root, np.arange(PAGE, dtype=np.int32), [1])
+    leaf, _ = cache.insert(inner, np.arange(2 * PAGE, dtype=np.int32), [2])
+    for _ in range(5):
+        cache.match(np.arange(2 * PAGE, dtype=np.int32))
+    assert (inner.uses, leaf.uses) == (0, 0)
+    cache.count_use(leaf, inner)
+    assert (inner.uses, leaf.uses) == (0, 1)
+    cache.count_use(leaf)
+    assert (inner.uses, leaf.uses) == (1, 2)
 
 
 def test_eviction_trims_a_leaf_from_its_end():

@@ -237,6 +237,34 @@ def test_preemption_keeps_the_text():
         assert request.output_ids == tokens[4:]
 
 
+def test_pages_found_by_a_request_that_gets_no_chunk_are_known_to_the_device_or_given_back():
+    """The step fails in which it found them: an older request took the whole budget."""
+    text = [index * 7 % 50 for index in range(10 * PAGE)]
+    scheduler, table = build(num_pages=60, max_running=4, max_step_tokens=5 * PAGE, cached=True), {}
+    older, follower = make_request(0, [99] * PAGE, 200), make_request(2, text)
+    leader = Request(1, text[: 6 * PAGE], SamplingParams(), 6 * PAGE + 1, frozenset(), pooling="mean")
+    for request in (older, leader, follower):
+        scheduler.add(request)
+
+    def launch() -> Step:
+        step = scheduler.schedule()
+        table.update({(row, place): page for row, place, page in step.page_updates})
+        for request in scheduler.complete(step, np.full(len(step.sampled), 5, np.int32)):
+            if request.finish_reason:
+                scheduler.retire(request)
+        return step
+
+    launch(), launch()
+    scheduler.extend(older, [5] * 100)
+    failed = scheduler.schedule()
+    assert [chunk.request for chunk in failed.chunks] == [older] and failed.page_updates
+    scheduler.roll_back(failed)
+    while not follower.retired:
+        launch()
+        if follower.pages:
+            assert [table[follower.row, place] for place in range(len(follower.pages))] == follower.pages
+
+
 def test_a_budget_that_starves_prompts_is_refused():
     with pytest.raises(AssertionError, match="starve"):
         build(num_pages=8, max_running=16, max_step_tokens=16, cached=True)
