@@ -100,9 +100,15 @@ class Shell:
     backend: Backend
     messages: list[Message] = field(default_factory=list)
     seconds: float = 0.0  # of the last answer
+    failed: bool = False  # the last question got none
 
     def run(self) -> None:
-        """Until /exit or the end of the input."""
+        """Until /exit or the end of the input; exits with 1 when a script's last question failed."""
+        self._run()
+        if self.failed and not sys.stdin.isatty():
+            raise SystemExit(1)
+
+    def _run(self) -> None:
         while True:
             try:
                 text = read_message()
@@ -148,7 +154,9 @@ class Shell:
             click.echo(" [stopped]", nl=False)
         except MinisglError as error:
             click.echo(f"Error: {error}", err=True)
+            self.failed = True
             return
+        self.failed = False
         self.seconds = time.monotonic() - start
         self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         click.echo()

@@ -9,8 +9,8 @@ from minisgl.tokenizer import Tokenizer
 
 
 def bans_of(tokenizer: Tokenizer, params: SamplingParams) -> list[list[int]]:
-    """The token ids of each of `params.bad_words`, at the start of a word and behind a space. RequestError for one that
-    is too long."""
+    """The token ids of each of `params.bad_words`, at the start of a text and behind a space: other tokens may still
+    spell it. RequestError for one that is too long."""
     return [ban for word in params.bad_words for ban in _spellings(tokenizer, word)]
 
 

@@ -84,7 +84,7 @@ class SamplingParams:
     )
     stop: str | Sequence[str] = option((), "End the answer before this text.")
     stop_token_ids: Sequence[int] = option((), "End the answer with this token.", flag="--stop-token-id")
-    bad_words: Sequence[str] = option((), "Never write this text.", flag="--bad-word")
+    bad_words: Sequence[str] = option((), "Never write this word, as the tokenizer spells it.", flag="--bad-word")
     logit_bias: Mapping[int, float] | None = None
     response_format: Any = None  # a structured.ResponseFormat, or OpenAI's object, of which it is made
 

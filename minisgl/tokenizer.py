@@ -43,11 +43,11 @@ class Tokenizer:
         try:
             self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # ValueError, OSError, ImportError, and what the Rust side raises
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise MinisglError(
-                f"{folder} has no tokenizer that transformers can load ({reason}); "
-                "copy tokenizer.json and tokenizer_config.json of the model into it"
-            ) from error
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            fix = "copy tokenizer.json and tokenizer_config.json of the model into it"
+            if (folder / "tokenizer.json").exists():
+                fix = f"correct what it names, or {fix} anew"
+            raise MinisglError(f"{folder} has no tokenizer that transformers can load ({reason}); {fix}") from error
         self._rust = self._hf.backend_tokenizer if self._hf.is_fast else None
         self.vocab_size = len(self._hf)
         self.bos_id: int | None = self._hf.bos_token_id

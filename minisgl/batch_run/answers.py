@@ -3,8 +3,8 @@
     id, index, text, [token_ids,] [reasoning,] [tool_calls,] finish_reason, [logprobs,] [samples,] [prompt_logprobs,]
     usage, error, key, and the columns that are carried over
 
-Knows the schema of the output. Does not know files. A carried column that has a name of the output's gets "input_"
-before it.
+Knows the schema of the output. Does not know files. A carried column that has a name of the output's, or of a column
+that a table makes of them, gets "input_" before it.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 from minisgl.batch_run import openai_batch
 from minisgl.batch_run.parser import jsonable
 from minisgl.batch_run.rows import Head, RowError, row_error
+from minisgl.batch_run.tables import SPREAD
 from minisgl.openai.answers import Spell, tool_call_object
 from minisgl.request import Result, TokenLogprobs, Usage
 
@@ -21,6 +22,8 @@ NAMES = (
     *("id", "index", "text", "token_ids", "reasoning", "tool_calls", "finish_reason", "logprobs", "samples"),
     *("prompt_logprobs", "usage", "error", "key"),
 )
+
+TAKEN = {*NAMES, *(column for columns in SPREAD.values() for column in columns.values())}
 
 # json.dumps leaves these raw, and str.splitlines (so many a reader) takes them for the end of the line.
 _LINE_BREAKS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -112,7 +115,13 @@ def _logprobs(name: str, tokens: list[TokenLogprobs] | None) -> dict[str, Any]:
 
 
 def _carried(head: Head) -> dict[str, Any]:
-    return {f"input_{name}" if name in NAMES else name: value for name, value in head.columns.items()}
+    carried = {}
+    for name, value in head.columns.items():
+        if name in TAKEN:
+            while (name := f"input_{name}") in head.columns:
+                pass
+        carried[name] = value
+    return carried
 
 
 def dump(values: dict[str, Any]) -> bytes:

@@ -21,6 +21,7 @@ from minisgl.errors import MinisglError
 # Longer than any context (a million token ids are 7 MB); a file without line ends must not be read into memory whole.
 MAX_LINE_BYTES = 64 * 1024 * 1024
 COMPRESSIONS = (".gz", ".zst")
+PYTHONS = {"True": "true", "False": "false"}  # as pandas writes them
 PARQUET_BATCH_ROWS = 256
 CHUNK_CHARS = 1 << 14
 _BOM = b"\xef\xbb\xbf"
@@ -131,8 +132,11 @@ def read_csv(file: BinaryIO) -> Rows:
     csv.field_size_limit(MAX_LINE_BYTES)
     # What is no UTF-8 becomes halves of surrogate pairs, so that only its own row is refused.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    lines = csv.reader(text)
-    names = next(lines, [])
+    lines = csv.reader(text, strict=True)
+    try:
+        names = next(lines, [])
+    except csv.Error as error:
+        raise MinisglError(f"the header of the CSV file is none: {error}") from error
     if len(set(names)) < len(names):
         raise MinisglError(f"the header of the CSV file names a column twice: {', '.join(names)}")
     for index, cells in enumerate(_csv_rows(lines)):
@@ -149,11 +153,14 @@ def read_csv(file: BinaryIO) -> Rows:
 
 def _csv_rows(lines: Any) -> Iterator[list[str] | RowError]:
     while True:
+        first = lines.line_num + 1
         try:
             cells = next(lines)
         except StopIteration:
             return
         except csv.Error as error:
+            if "unexpected end" in str(error):  # all that follows would be one cell
+                raise MinisglError(f"a quote opens in line {first} or after it and never closes: repair it") from error
             yield row_error("invalid_row", f"not a row of CSV: {error}")
         else:
             if cells:  # not a blank line
@@ -163,9 +170,11 @@ def _csv_rows(lines: Any) -> Iterator[list[str] | RowError]:
 def _cell(name: str, text: str) -> Any:
     if name in ("n", "messages", "prompt_token_ids") or (name in PARAMETERS and name not in SOURCES):
         try:
-            return json.loads(text) if text else None
+            value = json.loads(PYTHONS.get(text, text)) if text else None
         except (ValueError, RecursionError):
             return text
+        # A column of integers with gaps is one of floats to pandas.
+        return int(value) if isinstance(value, float) and value.is_integer() else value
     return text
 
 

@@ -80,7 +80,8 @@ class PromptMaker:
                     raise one.error
                 done[head.index] = Prepared(head, self._requests(one), one.chat)
             except RequestError as refusal:
-                done[head.index] = Prepared(head, error=row_error(refusal.type, str(refusal)))
+                cut = "; --on-long cuts it" if refusal.type == "prompt_too_long" and self.on_long == "error" else ""
+                done[head.index] = Prepared(head, error=row_error(refusal.type, f"{refusal}{cut}"))
         return [done[row.head.index] for row in rows]
 
     def _requests(self, asked: Tokenized) -> list[Request]:
@@ -151,12 +152,18 @@ class PromptMaker:
         return max_len
 
     def _shorten(self, row: Row, ids: list[int]) -> list[int]:
-        """The ids, cut so that the prompt and max_tokens fit; those of a conversation by cutting its longest messages,
-        since its template must stay whole."""
+        """The ids; those that do not fit cut so that max_tokens fit too, of a conversation by cutting its longest
+        messages, since its template must stay whole. RequestError when max_tokens leave no room."""
         if len(ids) < self._max_len:
             return ids
         max_tokens = self.llm.new_request(ids[:1], row.params, index=row.head.index).params.max_tokens or 1
-        room = max(1, self._max_len - max_tokens)
+        room = self._max_len - max_tokens
+        if room < 1:
+            raise RequestError(
+                f"max_tokens is {max_tokens:,}, and of the context of {self._max_len:,} tokens nothing is left for the "
+                "prompt: lower it",
+                "prompt_too_long",
+            )
         if row.messages is None:
             return self._cut(ids, len(ids) - room)
         messages = [dict(message) for message in row.messages]

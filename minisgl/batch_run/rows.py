@@ -37,7 +37,11 @@ PARAMETERS = (*(name for name in SamplingParams.names() if name != "n"), *ALIASE
 TOOL_KEYS = ("tools", "tool_choice", "parallel_tool_calls")
 CHAT_KEYS = (*TOOL_KEYS, "chat_template_kwargs")
 KEYS = ("id", "n", *SOURCES, *PARAMETERS, *CHAT_KEYS)
-UNSUPPORTED = ("stream", "top_logprobs")
+UNSUPPORTED = (
+    *("stream", "top_logprobs", "best_of", "use_beam_search", "num_beams", "beam_width", "length_penalty", "typical_p"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "allowed_token_ids"),
+    *("logits_processors", "mirostat"),
+)
 MAX_SAMPLES = 128
 MAX_DEPTH = 200  # lists and objects in each other; Python writes no more than some 900, less the deeper it is itself
 NEARLY = 0.8  # difflib's ratio from which a key counts as a misspelt one

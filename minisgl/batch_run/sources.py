@@ -47,6 +47,8 @@ def open_sources(inputs: Sequence[str], split: str | None = None, output: str = 
     Results, manifests and journals that a folder or a glob holds are no inputs; `output` and the files beside it must
     not be one.
     """
+    if list(inputs).count("-") > 1:
+        raise MinisglError("- is named twice, and stdin can be read once: leave one out")
     sources = [source for name in inputs for source in _expand(name, split, output)]
     if split is not None and all(source.path for source in sources):
         raise MinisglError("--split is for data sets (hf:ORG/NAME, or a folder that `datasets` saved): leave it out")

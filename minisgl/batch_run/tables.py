@@ -16,7 +16,11 @@ from minisgl.batch_run.files import replaced
 
 TABLES = (".csv", ".parquet")
 CHUNK_ROWS = 1000
-SPREAD = {"usage": ("prompt_tokens", "completion_tokens", "cached_tokens"), "error": ("type", "message")}
+# By key of a row, the column of each key in it.
+SPREAD = {
+    "usage": {name: name for name in ("prompt_tokens", "completion_tokens", "cached_tokens")},
+    "error": {name: f"error_{name}" for name in ("type", "message")},
+}
 
 Lines = Callable[[], Iterator[bytes]]
 
@@ -67,10 +71,9 @@ def _spread(line: bytes) -> list[tuple[str, Any]]:
     for name, value in values.items():
         inner = spread.get(name)
         if inner and (value is None or set(value) == set(inner)):
-            prefix = "error_" if name == "error" else ""
-            cells += [(prefix + key, None if value is None else value[key]) for key in inner]
+            cells += [(column, None if value is None else value[key]) for key, column in inner.items()]
         else:
-            cells.append((name, value))
+            cells.append((_text(name) or "", value))
     return cells
 
 

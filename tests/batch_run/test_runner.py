@@ -274,6 +274,14 @@ def test_long_prompts_are_cut(fake_llm: Any, side: Any) -> None:
     assert len(job.llm.prompts[1]) == 5
 
 
+def test_a_prompt_is_not_cut_to_nothing(fake_llm: Any) -> None:
+    job = Job(fake_llm(), on_long="truncate-left")
+    job(rows_of({"prompt": "x" * 150, "max_tokens": 100}, {"prompt": "x", "max_tokens": 100}))
+    error = job.rows[0]["error"]
+    assert error["type"] == "prompt_too_long" and "max_tokens is 100" in error["message"]
+    assert job.rows[1]["error"] is None
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_long_conversations_lose_text_and_keep_their_template(fake_llm: Any, side: Any) -> None:
     job = Job(fake_llm(), on_long=f"truncate-{side}")

@@ -138,6 +138,28 @@ def test_bad_rows_of_a_table_stay_alone(tmp_path: Path) -> None:
     assert "1 cells; the header has 2" in found[1].message and "UTF-8" in found[2].message
 
 
+def test_a_quote_that_never_closes_is_not_a_long_cell(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", b'prompt\na\n"b" c\n"d\ne\nf\n')
+    rows = read_records(open_sources([str(path)]))
+    assert next(rows).value == {"prompt": "a"}
+    assert isinstance(next(rows).value, RowError)
+    with pytest.raises(MinisglError, match="a quote opens in line 4 or after it and never closes"):
+        next(rows)
+
+
+def test_parameters_as_pandas_writes_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", b"prompt,max_tokens,ignore_eos,temperature\nTrue,3.0,False,0.5\nb,,True,1.0\n")
+    assert values(path) == [
+        {"prompt": "True", "max_tokens": 3, "ignore_eos": False, "temperature": 0.5},
+        {"prompt": "b", "max_tokens": None, "ignore_eos": True, "temperature": 1},
+    ]
+
+
+def test_stdin_is_read_once() -> None:
+    with pytest.raises(MinisglError, match="- is named twice"):
+        open_sources(["-", "-"])
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv.zst", "rows.parquet"])
 def test_a_file_that_is_cut_off(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, CONTENT["." + name.split(".")[1]])

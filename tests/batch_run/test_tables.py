@@ -17,7 +17,16 @@ from minisgl.errors import MinisglError
 
 ROW = {"id": "a", "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0}, "error": None}
 ROWS: list[dict[str, Any]] = [
-    {**ROW, "token_ids": [1, 2], "score": 1, "flag": True, "mixed": 1, "nested": {"a": [1]}, "rare": None},
+    {
+        **ROW,
+        "half \ud83d": 1,
+        "token_ids": [1, 2],
+        "score": 1,
+        "flag": True,
+        "mixed": 1,
+        "nested": {"a": [1]},
+        "rare": None,
+    },
     {**ROW, "token_ids": [], "score": float("nan"), "flag": None, "mixed": "x", "nested": None, "text": "é\u2028\n\0"},
     {
         **ROW,

@@ -90,6 +90,12 @@ def test_what_cannot_be_answered_is_not_kept(
     assert [message["content"] for message in shell.messages] == ["one", "one "]
 
 
+def test_a_script_whose_last_question_fails_is_told_by_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk(monkeypatch, "refuse", "one")
+    with pytest.raises(SystemExit, match="1"):
+        talk(monkeypatch, "one", "refuse")
+
+
 class BreakingServer(BaseHTTPRequestHandler):
     """Its answers end in the middle."""
 
