@@ -137,6 +137,8 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
         raise _wrong(f"{name} must be a non-empty string or a list of them")
     if len(strings) > most:
         raise _wrong(f"{name} has {len(strings)} strings; at most {most} are allowed")
+    if any("\ud800" <= character <= "\udfff" for text in strings for character in text):
+        raise _wrong(f"{name} has half of a surrogate pair, which no text has")
     return tuple(strings)
 
 

@@ -308,6 +308,7 @@ def test_special_tokens_are_shown_when_asked(llm):
         ({"n": 0}, "from 1 to 128"),
         ({"bad_words": [""]}, "non-empty"),
         ({"bad_words": ["x"] * 33}, "at most 32"),
+        ({"stop": ["a\ud800"]}, "stop has half of a surrogate pair"),
         ({"truncate_prompt_tokens": 0}, "from 1 to"),
         ({"max_tokens": 2**64}, "from 1 to 2147483647"),
         ({"stop_token_ids": [True]}, "integers"),

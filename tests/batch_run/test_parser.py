@@ -103,6 +103,15 @@ def test_columns_that_are_carried_over() -> None:
     assert good({"prompt": "x", "temprature": 1}, columns=["temprature"]).head.columns == {"temprature": 1}
 
 
+def test_names_of_the_output_are_left_to_it() -> None:
+    """Those of a table's columns too, and none replaces another."""
+    columns = {"text": 1, "input_text": 2, "input_input_text": 3, "error_type": None, "cached_tokens": 5, "city": 6}
+    values = json.loads(format_line(good({"prompt": "x", **columns}).head, [Result("", [], "stop", Usage())]).data)
+    assert values["text"] == "" and "error_type" not in values
+    names = ["input_input_input_text", "input_text", "input_input_text", "input_error_type", "input_cached_tokens"]
+    assert [values[name] for name in [*names, "city"]] == [*columns.values()]
+
+
 def test_a_system_message() -> None:
     system = {"role": "system", "content": "Be brief."}
     user = {"role": "user", "content": "Hi"}
