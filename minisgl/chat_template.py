@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from minisgl.errors import RequestError
+from minisgl.errors import MinisglError, RequestError
 
 _FLAG = (bool, "true or false")
 # Accepted types, and these in words.
@@ -31,14 +31,14 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def names_read(template: str) -> frozenset[str]:
-    """The variables that a template reads; none when it is no template, which rendering then says."""
+    """The variables that a template reads. MinisglError when it is none."""
     from jinja2 import Environment, TemplateSyntaxError, meta
 
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template))))
-    except TemplateSyntaxError:
-        return frozenset()
+    except TemplateSyntaxError as error:
+        raise MinisglError(f"the chat template is none: line {error.lineno}: {error.message}") from error
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:

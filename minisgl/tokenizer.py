@@ -57,7 +57,11 @@ class Tokenizer:
         if not all(isinstance(template, str) for template in templates):
             raise MinisglError(f"{folder}: chat_template is no text: correct tokenizer_config.json, or remove it there")
         self.chat_template = "\n".join(templates)
-        self._template_names = frozenset[str]().union(*map(names_read, templates))
+        try:
+            self._template_names = frozenset[str]().union(*map(names_read, templates))
+        except MinisglError as error:
+            fix = "correct it in chat_template.jinja or tokenizer_config.json, or remove it there"
+            raise MinisglError(f"{folder}: {error}; {fix}") from error
 
     @property
     def backend(self) -> Any:

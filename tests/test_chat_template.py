@@ -1,4 +1,7 @@
+import pytest
+
 from minisgl.chat_template import names_read
+from minisgl.errors import MinisglError
 
 
 def test_names_that_a_template_reads():
@@ -12,4 +15,9 @@ def test_names_that_a_template_reads():
 
 
 def test_no_template_reads_nothing():
-    assert names_read("") == names_read("{% if %}") == frozenset()
+    assert names_read("") == frozenset()
+
+
+def test_what_is_no_template():
+    with pytest.raises(MinisglError, match="the chat template is none: line 2: Expected"):
+        names_read("{{ messages }}\n{% for %}")

@@ -100,11 +100,14 @@ def test_no_chat_template(tmp_path):
     assert caught.value.type == "no_chat_template"
 
 
-def test_a_chat_template_that_is_no_text(tmp_path):
+@pytest.mark.parametrize(
+    "template, says", [(5, "chat_template is no text"), ("{% for %}", "is none: line 1: .* correct it")]
+)
+def test_a_chat_template_that_is_none(tmp_path, template, says):
     make_tokenizer(tmp_path, chat_template=None)
     path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": 5}))
-    with pytest.raises(MinisglError, match="chat_template is no text"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    with pytest.raises(MinisglError, match=says):
         Tokenizer(tmp_path)
 
 

@@ -9,6 +9,7 @@ Knows files and what may be mixed in one. Does not know how rows are answered.
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from minisgl.batch_run.answers import Line
 from minisgl.batch_run.files import check_writable, is_stream
 from minisgl.batch_run.journal import Journal, in_use, is_locked
 from minisgl.batch_run.manifest import Manifest, load_manifest, manifest_path
-from minisgl.batch_run.rows import BadRow, OnDone, Row
+from minisgl.batch_run.rows import NEARLY, BadRow, OnDone, Row
 from minisgl.batch_run.streams import SpooledStream, Stream
 from minisgl.batch_run.tables import TABLES, write_table
 from minisgl.errors import MinisglError
@@ -81,7 +82,9 @@ def open_output(
 
 def check_target(target: str) -> None:
     """MinisglError, before anything is loaded, when `target` cannot be an output."""
-    if target.endswith(NOT_WRITTEN):
+    formats, suffix = (".jsonl", *TABLES), Path(target).suffix
+    misspelt = suffix not in formats and get_close_matches(suffix, formats, n=1, cutoff=NEARLY)
+    if target.endswith(NOT_WRITTEN) or misspelt:
         raise MinisglError(f"{target}: results are written as .jsonl, .csv or .parquet; name such a file with -o")
     if target == "-" and sys.stdout is None:
         raise MinisglError("stdout is closed; name a file for the results with -o")

@@ -150,6 +150,8 @@ CANNOT_START = [
     (["prompts.jsonl", "-o", "prompts.jsonl"], "is the input"),
     (["prompts.jsonl", "-o", "no/such/folder/out.jsonl"], "does not exist; make it"),
     (["prompts.jsonl", "-o", "."], "is a folder"),
+    (["prompts.jsonl", "-o", "out.parqet"], "name such a file with -o"),
+    (["prompts.jsonl", "-o", "out.jsonl2"], "name such a file with -o"),
     (["prompts.jsonl", "-m", ""], "-m is empty"),
     (["prompts.jsonl", "--page-size", "17"], "must be a power of two from 16 to 256"),
     (["prompts.jsonl", "--page-size", "8"], "16<=x<=256"),
