@@ -53,68 +53,14 @@ class CoreStats(NamedTuple):
     preemptions: int = 0  # so far
 
 
-class Core(ABC):
-    """A model and the requests that it answers. config: the resolved one; its limits are of each engine.
-
-    while_waiting: called now and then while a step runs that may take long. It may submit and abort: an abort frees a
-    request's pages then, not when the step has ended.
-    """
+class RequestMaker:
+    """Makes requests of token ids for a model. config: the resolved one; its limits are of each engine."""
 
     def __init__(self, config: EngineConfig, model_config: ModelConfig, defaults: GenerationDefaults) -> None:
         self.config = config
         self.model_config = model_config
         self.eos_ids = defaults.eos_ids
-        self.while_waiting: Callable[[], object] | None = None
         self._default_params = DEFAULTS.merge(vars(defaults.sampling))
-
-    @property
-    def max_running(self) -> int:
-        """Most requests that run at once."""
-        return self.config.max_running * self.config.dp
-
-    @property
-    def devices(self) -> str:
-        """What answers, in words."""
-        device, size = self.config.device, self.config.tp * self.config.dp
-        return device if size == 1 else f"{size} processes on {device.partition(':')[0]}"
-
-    @property
-    @abstractmethod
-    def num_unfinished(self) -> int:
-        """Requests that wait or run."""
-
-    @abstractmethod
-    def stats(self) -> CoreStats:
-        """Where the engines stand."""
-
-    @abstractmethod
-    def submit(self, requests: list[Request]) -> None:
-        """Queue a burst, ordered so that shared prefixes are neighbours."""
-
-    @abstractmethod
-    def step(self) -> list[Request]:
-        """Go on; returns the requests that got tokens, of which those with a finish_reason have ended. MinisglError
-        when an engine has failed."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """MinisglError when an engine has failed meanwhile, with no step to notice it."""
-
-    @abstractmethod
-    def abort(self, request: Request) -> None:
-        """End a request now, whatever it is doing; its pages are free for others. One that ended stays as it is."""
-
-    @abstractmethod
-    def drop_waiting(self) -> list[Request]:
-        """Take back the requests that wait, and return them; those that run go on."""
-
-    @abstractmethod
-    def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix that no running request uses."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give the devices' memory back."""
 
     def new_request(
         self,
@@ -195,6 +141,67 @@ class Core(ABC):
                 raise RequestError(
                     f"{place}token id {extreme} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
                 )
+
+
+class Core(RequestMaker, ABC):
+    """A model and the requests that it answers.
+
+    while_waiting: called now and then while a step runs that may take long. It may submit and abort: an abort frees a
+    request's pages then, not when the step has ended.
+    """
+
+    def __init__(self, config: EngineConfig, model_config: ModelConfig, defaults: GenerationDefaults) -> None:
+        super().__init__(config, model_config, defaults)
+        self.while_waiting: Callable[[], object] | None = None
+
+    @property
+    def max_running(self) -> int:
+        """Most requests that run at once."""
+        return self.config.max_running * self.config.dp
+
+    @property
+    def devices(self) -> str:
+        """What answers, in words."""
+        device, size = self.config.device, self.config.tp * self.config.dp
+        return device if size == 1 else f"{size} processes on {device.partition(':')[0]}"
+
+    @property
+    @abstractmethod
+    def num_unfinished(self) -> int:
+        """Requests that wait or run."""
+
+    @abstractmethod
+    def stats(self) -> CoreStats:
+        """Where the engines stand."""
+
+    @abstractmethod
+    def submit(self, requests: list[Request]) -> None:
+        """Queue a burst, ordered so that shared prefixes are neighbours."""
+
+    @abstractmethod
+    def step(self) -> list[Request]:
+        """Go on; returns the requests that got tokens, of which those with a finish_reason have ended. MinisglError
+        when an engine has failed."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """MinisglError when an engine has failed meanwhile, with no step to notice it."""
+
+    @abstractmethod
+    def abort(self, request: Request) -> None:
+        """End a request now, whatever it is doing; its pages are free for others. One that ended stays as it is."""
+
+    @abstractmethod
+    def drop_waiting(self) -> list[Request]:
+        """Take back the requests that wait, and return them; those that run go on."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix that no running request uses."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the devices' memory back."""
 
 
 def open_core(asked: EngineConfig, model_config: ModelConfig, folder: Path, defaults: GenerationDefaults) -> Core:

@@ -3,20 +3,19 @@
     with LLM("path/to/model") as llm:
         results = llm.generate(["Hello", "Good morning"], SamplingParams(temperature=0))
 
-Knows text: tokenizer, chat template, stop strings, streams. What runs when, and how, is `Core`'s.
+Knows the texts of answers: stop strings, streams. Requests are made by `TextRequests`; what runs when, and how, is
+`Core`'s.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from minisgl.bad_words import bans_of
-from minisgl.chat import ChatFormat, ChatPrompt
+from minisgl.chat import ChatPrompt
 from minisgl.config import EngineConfig
 from minisgl.core import open_core
 from minisgl.errors import MinisglError, RequestError
@@ -25,18 +24,8 @@ from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
 from minisgl.output_text import Delta, OutputText
 from minisgl.pairs import Prompt, check_ids, encode_pairs
-from minisgl.parsers.reasoning import END as END_OF_THINKING
-from minisgl.request import (
-    CHOICE_STRIDE,
-    Embedding,
-    Pooling,
-    Request,
-    Result,
-    SamplingParams,
-    Score,
-    Usage,
-)
-from minisgl.structured import GrammarCompiler, Matcher, ResponseFormat
+from minisgl.request import Embedding, Pooling, Request, Result, SamplingParams, Score, Usage
+from minisgl.text_requests import TextRequests
 from minisgl.tokenizer import Tokenizer
 from minisgl.weights import resolve_model
 
@@ -44,7 +33,7 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Asked = tuple[Sequence[int], SamplingParams, ChatPrompt | None]  # token ids; of a conversation, how it was rendered
 
 
-class LLM:
+class LLM(TextRequests):
     """A model on one device or several. `model` is a folder, a Hugging Face id, or None for the demo model that ships
     with the package; options are the fields of `EngineConfig`.
 
@@ -58,28 +47,13 @@ class LLM:
             raise MinisglError(f"unknown option {unknown[0]!r}; known ones: {', '.join(known)}")
         asked = EngineConfig(model=str(model or ""), **options)
         folder = resolve_model(asked.model)
-        self.model_config = ModelConfig.from_folder(folder)
-        # Token ids in and out need no tokenizer; text does, and `tokenizer` then says that there is none.
-        self._tokenizer = Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
-        eos_id = self._tokenizer.eos_id if self._tokenizer else None
-        self.core = open_core(asked, self.model_config, folder, generation_defaults(folder, self.model_config, eos_id))
-        self.config = self.core.config
+        model_config, tokenizer = ModelConfig.from_folder(folder), Tokenizer.of_folder(folder)
+        defaults = generation_defaults(folder, model_config, tokenizer.eos_id if tokenizer else None)
+        self.core = open_core(asked, model_config, folder, defaults)
+        super().__init__(self.core, tokenizer)
         # Requests whose text is made while they run: for stop strings, or for a stream.
         self._outputs: dict[Request, OutputText] = {}
         self._ended: list[tuple[Request, Result]] = []  # that no `step` has told yet
-        self._grammars: GrammarCompiler | None = None
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        """How the model writes conversations."""
-        return ChatFormat(self.tokenizer, self.config.reasoning_parser, self.config.tool_parser)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer; MinisglError when its folder has none."""
-        if self._tokenizer is None:
-            raise MinisglError("the model's folder has no tokenizer: add tokenizer.json, or send and ask for token ids")
-        return self._tokenizer
 
     @property
     def start_id(self) -> int:
@@ -225,8 +199,7 @@ class LLM:
     def close(self) -> None:
         """Give the device's memory back. The LLM cannot be used afterwards."""
         self._outputs.clear()
-        if self._grammars:
-            self._grammars.close()
+        super().close()
         self.core.close()
 
     def __enter__(self) -> "LLM":
@@ -241,43 +214,6 @@ class LLM:
     def num_unfinished(self) -> int:
         """Requests that wait, or run, or have ended without that `step` has told."""
         return self.core.num_unfinished + len(self._ended)
-
-    def new_request(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        *,
-        index: int,
-        scored_from: int | None = None,
-        target: int | None = None,
-        pooling: Pooling | None = None,
-        thinks: bool = False,
-    ) -> Request:
-        """A request for `submit`; RequestError says what is wrong with it. See `Core.new_request`. `thinks`: the
-        answer begins with thinking, which response_format leaves free."""
-        if self._tokenizer is None:
-            needs = ("stop", "bad_words", "response_format", "echo")
-            name = next((name for name in needs if getattr(params, name)), None)
-            if name:
-                raise RequestError(f"{name} needs a tokenizer, and the model's folder has none", "invalid_parameter")
-        if params.truncate_prompt_tokens:
-            prompt_ids = prompt_ids[-params.truncate_prompt_tokens :]
-        bans = bans_of(self.tokenizer, params) if params.bad_words else []
-        matcher = self._matcher(params.response_format, thinks) if params.response_format else None
-        return self.core.new_request(
-            prompt_ids,
-            params,
-            index=index,
-            scored_from=scored_from,
-            target=target,
-            pooling=pooling,
-            bans=bans,
-            matcher=matcher,
-        )
-
-    def check_params(self, params: SamplingParams) -> None:
-        """RequestError for parameters that this model cannot follow, whatever the prompt."""
-        self.new_request([0], params, index=0)
 
     def submit(self, requests: list[Request], *, streamed: bool = False) -> None:
         """Queue a burst, ordered so that shared prefixes are neighbours."""
@@ -317,12 +253,6 @@ class LLM:
     def _encode(self, prompt: Prompt) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else check_ids(prompt)
 
-    def _matcher(self, response_format: ResponseFormat, thinks: bool) -> Matcher:
-        if self._grammars is None:
-            self._grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.core.eos_ids)
-        [end, *more] = self.tokenizer.encode_rendered([END_OF_THINKING])[0] if thinks else [None]
-        return self._grammars.compile(response_format).matcher(None if more else end)
-
     def _scored_request(self, index: int, before: list[int], whole: list[int], params: SamplingParams) -> Request:
         """A request whose scores begin behind the ids of a prompt. The last one is scored, and need not be computed."""
         return self.new_request(whole[:-1], params, index=index, scored_from=len(before), target=whole[-1])
@@ -353,16 +283,6 @@ class LLM:
     def read_answer(self, answer: Result, chat: ChatPrompt) -> Result:
         """An answer to a conversation, with its thinking and tool calls apart."""
         return self.chat_format.apart(answer, chat)
-
-    def new_requests(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, index: int, thinks: bool = False
-    ) -> list[Request]:
-        """One request for each of the `n` answers; their seeds differ. See `new_request`."""
-        requests = []
-        for place in range(params.n or 1):
-            own, own_index = params.of_choice(place), index + place * CHOICE_STRIDE
-            requests.append(self.new_request(prompt_ids, own, index=own_index, thinks=thinks))
-        return requests
 
     def _run(self, made: Sequence[Request | RequestError], progress: bool) -> list[Result]:
         """Answer requests to the end; the results are in their order."""

@@ -37,6 +37,11 @@ class Tokenizer:
     chat_template: its text, "" when the model has none; several, such as one with tools, follow one another.
     """
 
+    @classmethod
+    def of_folder(cls, folder: Path) -> "Tokenizer | None":
+        """The tokenizer of a model folder; None where it has none: token ids in and out need none."""
+        return cls(folder) if any(folder.glob("tokenizer*")) else None
+
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer  # not at the top: 3 s
 

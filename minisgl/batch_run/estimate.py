@@ -11,10 +11,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,21 +22,16 @@ from tqdm import tqdm
 from minisgl.batch_run.feeder import CHUNK_ITEMS
 from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.prompts import PromptMaker
-from minisgl.batch_run.rows import BadRow, Row
-from minisgl.chat import ChatFormat
 from minisgl.config import EngineConfig
-from minisgl.errors import MinisglError
+from minisgl.core import RequestMaker
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
 from minisgl.models.generation import generation_defaults
 from minisgl.resolve import resolve
+from minisgl.text_requests import TextRequests
 from minisgl.tokenizer import Tokenizer
 from minisgl.weights import resolve_model
 
-if TYPE_CHECKING:
-    from minisgl.llm import LLM
-
-DEFAULT_MAX_TOKENS = 1024  # of LLM, where neither a row nor a flag nor the model says another
 PROBE_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are multiplied
 PROBE_BYTES = 256 << 20
 PROBE_CALLS = 5
@@ -58,10 +53,13 @@ def estimate(options: JobOptions) -> str:
     folder = resolve_model(options.model or "")
     model = ModelConfig.from_folder(folder)
     config = resolve(EngineConfig(model=str(folder), **options.engine), model)
-    tokenizer = Tokenizer(folder) if any(folder.glob("tokenizer*")) else None
-    defaults = generation_defaults(folder, model, tokenizer.eos_id if tokenizer else None).sampling
-    with Job(replace(options, output=os.devnull, retry_errors=False, ordered=False)) as job:
-        totals = _count(job, config, tokenizer, defaults.max_tokens or DEFAULT_MAX_TOKENS)
+    tokenizer = Tokenizer.of_folder(folder)
+    defaults = generation_defaults(folder, model, tokenizer.eos_id if tokenizer else None)
+    with (
+        Job(replace(options, output=os.devnull, retry_errors=False, ordered=False)) as job,
+        closing(TextRequests(RequestMaker(config, model, defaults), tokenizer)) as requests,
+    ):
+        totals = _count(job, requests)
     dtype: torch.dtype = getattr(torch, config.dtype)
     decoder = Decoder(model, device=torch.device("meta"), dtype=dtype, max_len=1)
     parameters = sum(target.parameter.numel() for target in decoder.targets().values())
@@ -86,51 +84,22 @@ def estimate(options: JobOptions) -> str:
     )
 
 
-def _count(job: Job, config: EngineConfig, tokenizer: Tokenizer | None, max_tokens: int) -> Totals:
+def _count(job: Job, model: TextRequests) -> Totals:
     totals = Totals()
-    maker = PromptMaker(cast("LLM", _Unloaded(config, tokenizer)), on_long=job.options.on_long)
-    max_len = config.max_len or 0
+    maker = PromptMaker(model, on_long=job.options.on_long, leaders=job.leaders)
     rows = job.read()
     with tqdm(total=job.count(), unit="row", disable=None) as bar:
         while chunk := list(islice(rows, CHUNK_ITEMS)):
             bar.update(len(chunk))
             totals.rows += len(chunk)
-            totals.errors.update(row.error.type for row in chunk if isinstance(row, BadRow))
-            asked = [row for row in chunk if isinstance(row, Row)]
-            if job.leaders:
-                asked = [row for row in asked if job.leaders.find(row) is None]
-            for row, prompts, _, error in maker.tokenize(asked):
-                wanted = row.params.max_tokens or max_tokens
-                if error:
-                    totals.errors[error.type] += 1
-                    continue
-                if maker.on_long == "error" and any(len(ids) >= max_len for ids in prompts):
-                    totals.errors["prompt_too_long"] += 1
-                    continue
-                for ids in prompts:
-                    num_prompt = min(len(ids), max_len - 1)
-                    totals.samples += row.n
-                    totals.prompt_tokens += num_prompt * row.n
-                    totals.output_tokens += min(wanted, max_len - num_prompt) * row.n
+            for prepared in maker.prepare(chunk):
+                if prepared.error:
+                    totals.errors[prepared.error.type] += 1
+                for request in prepared.requests:
+                    totals.samples += 1
+                    totals.prompt_tokens += request.num_prompt
+                    totals.output_tokens += request.max_total - request.num_prompt
     return totals
-
-
-class _Unloaded:
-    """Of an LLM, what counting tokens needs."""
-
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None):
-        self.config = config
-        self._tokenizer = tokenizer
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            raise MinisglError("the model's folder has no tokenizer: add tokenizer.json, or send token ids")
-        return self._tokenizer
-
-    @cached_property
-    def chat_format(self) -> ChatFormat:
-        return ChatFormat(self.tokenizer, self.config.reasoning_parser, self.config.tool_parser)
 
 
 def _probe(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

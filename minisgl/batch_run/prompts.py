@@ -1,21 +1,19 @@
 """Rows become requests: chat templates, token ids, what to do with prompts that are too long, n samples of one row.
 
-Knows the tokenizer and the engine's interface. Does not know sources or outputs.
+Knows the tokenizer and how requests are made. Does not know sources, engines or outputs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from minisgl.batch_run.parser import question_hash
 from minisgl.batch_run.rows import BadRow, Head, Row, RowError, row_error
 from minisgl.chat import ChatPrompt
 from minisgl.errors import MinisglError, RequestError
 from minisgl.request import CHOICE_STRIDE, Request
+from minisgl.text_requests import TextRequests
 from minisgl.tokenizer import check_chars
-
-if TYPE_CHECKING:
-    from minisgl.llm import LLM
 
 OnLong = Literal["error", "truncate-left", "truncate-right"]
 
@@ -56,11 +54,11 @@ class Leaders:
 
 
 class PromptMaker:
-    """Prepares rows, a burst at a time. Used by one thread; only reads from the engine."""
+    """Prepares rows, a burst at a time. Used by one thread."""
 
-    def __init__(self, llm: "LLM", *, on_long: OnLong = "error", leaders: "Leaders | None" = None):
+    def __init__(self, model: TextRequests, *, on_long: OnLong = "error", leaders: "Leaders | None" = None):
         """`leaders`: rows that ask the same as an earlier one get no requests of their own."""
-        self.llm, self.on_long, self.leaders = llm, on_long, leaders
+        self.model, self.on_long, self.leaders = model, on_long, leaders
 
     def prepare(self, rows: Sequence[Row | BadRow]) -> list[Prepared]:
         """Every row, in order."""
@@ -95,7 +93,7 @@ class PromptMaker:
             if self.on_long != "error":
                 ids = self._shorten(row, ids)
             index = row.head.index + len(requests) * CHOICE_STRIDE
-            requests += self.llm.new_requests(ids, params, index=index, thinks=chat is not None and chat.thinks)
+            requests += self.model.new_requests(ids, params, index=index, thinks=chat is not None and chat.thinks)
         return requests
 
     # -- text to token ids --
@@ -109,7 +107,7 @@ class PromptMaker:
             try:
                 self._check_text(row)
                 if row.messages is not None:
-                    chat = self.llm.chat_format.prompt(row.messages, row.params, **row.chat_options)
+                    chat = self.model.chat_format.prompt(row.messages, row.params, **row.chat_options)
                     tokenized.append(Tokenized(row, [[]], chat))
                     rendered.append((tokenized[-1].prompts[0], chat.text))
                 else:
@@ -121,9 +119,9 @@ class PromptMaker:
             except RequestError as error:
                 tokenized.append(Tokenized(row, [], error=error))
         if texts:
-            _fill(texts, self.llm.tokenizer.encode_batch)
+            _fill(texts, self.model.tokenizer.encode_batch)
         if rendered:
-            _fill(rendered, self.llm.tokenizer.encode_rendered)
+            _fill(rendered, self.model.tokenizer.encode_rendered)
         return tokenized
 
     def _check_text(self, row: Row) -> None:
@@ -137,7 +135,7 @@ class PromptMaker:
         if not texts and not needs_spellings:
             return
         try:
-            _ = self.llm.tokenizer
+            _ = self.model.tokenizer
         except MinisglError as error:
             raise RequestError(str(error), "no_tokenizer") from error
         if self.on_long == "error":
@@ -147,7 +145,7 @@ class PromptMaker:
 
     @property
     def _max_len(self) -> int:
-        max_len = self.llm.config.max_len
+        max_len = self.model.config.max_len
         assert max_len is not None
         return max_len
 
@@ -156,7 +154,7 @@ class PromptMaker:
         messages, since its template must stay whole. RequestError when max_tokens leave no room."""
         if len(ids) < self._max_len:
             return ids
-        max_tokens = self.llm.new_request(ids[:1], row.params, index=row.head.index).params.max_tokens or 1
+        max_tokens = self.model.new_request(ids[:1], row.params, index=row.head.index).params.max_tokens or 1
         room = self._max_len - max_tokens
         if room < 1:
             raise RequestError(
@@ -167,7 +165,7 @@ class PromptMaker:
         if row.messages is None:
             return self._cut(ids, len(ids) - room)
         messages = [dict(message) for message in row.messages]
-        tokenizer = self.llm.tokenizer
+        tokenizer = self.model.tokenizer
         for _ in range(MAX_CUTS):
             excess = len(ids) - room
             if excess <= 0:
@@ -178,7 +176,7 @@ class PromptMaker:
                     kept = self._cut(content, min(excess, len(content)))
                     longest["content"] = tokenizer.decode(kept).strip("\ufffd")
                     excess -= len(content) - len(kept)
-            text = self.llm.chat_format.prompt(messages, row.params, **row.chat_options).text
+            text = self.model.chat_format.prompt(messages, row.params, **row.chat_options).text
             [ids] = tokenizer.encode_rendered([text])
         return ids
 
