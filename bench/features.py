@@ -19,14 +19,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from minisgl.bench.engines import MinisglEngine, find_model
 from minisgl.bench.harness import environment, write_rows
-from minisgl.bench.synthetic_tokenizer import has_tokenizer, with_tokenizer
+from minisgl.bench.synthetic_tokenizer import with_tokenizer
 from minisgl.bench.workloads import Workload, fold, uniform
 from minisgl.engine_core import MIN_JUMP, EngineCore
 from minisgl.errors import MinisglError
 from minisgl.models.config import ModelConfig
 from minisgl.request import Request, SamplingParams
 from minisgl.structured import ResponseFormat
-from minisgl.tokenizer import Tokenizer
+from minisgl.tokenizer import Tokenizer, has_tokenizer
 
 PLAIN, FIRST = "plain", "plain, before any other"
 JUMPS = (4, 8, 16, 32)  # tokens

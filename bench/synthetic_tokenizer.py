@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, product
 from pathlib import Path
 
+from minisgl.tokenizer import has_tokenizer
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # No letter is in both, so that a word's merges cannot begin at its middle.
 FIRST, SECOND = "bcdfghjklmnpqrstvwxz", "aeiouyAEIOUYBCDFGHJK"
@@ -26,10 +28,6 @@ CHAT_TEMPLATE = (
 def words(vocab_size: int) -> list[str]:
     """The words that are one token, in the order of their ids."""
     return ["".join(pairs) for pairs in _words(vocab_size)]
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any(folder.glob("tokenizer*"))
 
 
 def with_tokenizer(folder: Path, target: Path, vocab_size: int) -> Path:

@@ -152,14 +152,14 @@ class EngineCore(Core):
     def _step(self) -> None:
         step = self.scheduler.schedule()
         launched = InFlight(step) if step.num_tokens else None
-        if not launched and (step.new_rows or step.page_updates):
-            self.scheduler.roll_back(step)  # the device is not told of them
         if launched:
             self._in_flight.append(launched)
             masked = any(request.matcher for request in step.sampled)
             launched.forward = self.engine.forward(step, masked=masked)
             if not masked:
                 launched.results = StepResults(launched.forward)
+        elif step.new_rows or step.page_updates:
+            self.scheduler.roll_back(step)  # the device is not told of them
         while len(self._in_flight) > (1 if launched else 0):
             self._finish(self._in_flight[0])
         if launched and launched.results is None:

@@ -3,6 +3,7 @@
 Knows the life of one request on the host. Does not know tensors, scheduling policy or text.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,7 @@ MAX_BAN_TOKENS = 8
 MAX_INT = 2**31 - 1  # of lengths and token ids, which are int32
 MAX_BIASES = 512  # of `logit_bias`, and of the stop ids that `min_tokens` holds back
 BIAS_RANGE = 100
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # json.loads joins pairs of surrogates, so what is left has no partner
 NOT_OF_ENGINE = ("n", "stop", "bad_words", "echo", "truncate_prompt_tokens", "response_format")
 CHOICE_STRIDE = 1 << 40  # between the indices of the requests for one prompt's answers: no job has so many prompts
 
@@ -137,7 +139,7 @@ def _strings(name: str, value: Any, most: int) -> tuple[str, ...]:
         raise _wrong(f"{name} must be a non-empty string or a list of them")
     if len(strings) > most:
         raise _wrong(f"{name} has {len(strings)} strings; at most {most} are allowed")
-    if any("\ud800" <= character <= "\udfff" for text in strings for character in text):
+    if any(map(HALF_PAIR.search, strings)):
         raise _wrong(f"{name} has half of a surrogate pair, which no text has")
     return tuple(strings)
 

@@ -30,6 +30,11 @@ def check_chars(num_chars: int, max_len: int) -> None:
         )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the files of a tokenizer."""
+    return any(folder.glob("tokenizer*"))
+
+
 class Tokenizer:
     """The tokenizer of a model folder. Loading imports transformers, which takes a few seconds.
 
@@ -40,7 +45,7 @@ class Tokenizer:
     @classmethod
     def of_folder(cls, folder: Path) -> "Tokenizer | None":
         """The tokenizer of a model folder; None where it has none: token ids in and out need none."""
-        return cls(folder) if any(folder.glob("tokenizer*")) else None
+        return cls(folder) if has_tokenizer(folder) else None
 
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer  # not at the top: 3 s

@@ -17,7 +17,6 @@ parameter's name, and one that names what other engines do and this one does not
 import codecs
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -27,7 +26,7 @@ from typing import Any, NoReturn
 from minisgl.errors import RequestError
 from minisgl.messages import Message, normalize_messages
 from minisgl.parsers import read_tools
-from minisgl.request import SamplingParams
+from minisgl.request import HALF_PAIR, SamplingParams
 
 RowId = str | int | float
 
@@ -46,8 +45,6 @@ MAX_SAMPLES = 128
 MAX_DEPTH = 200  # lists and objects in each other; Python writes no more than some 900, less the deeper it is itself
 NEARLY = 0.8  # difflib's ratio from which a key counts as a misspelt one
 MAX_MESSAGE_CHARS = 500  # error messages quote values, and a value can be megabytes
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +251,7 @@ def read_question(values: dict[str, Any]) -> dict[str, Any]:
 def read_prompt(value: Any) -> str:
     if not isinstance(value, str):
         refuse(f"prompt must be a string, not {kind(value)}")
-    lone = _SURROGATE.search(value)  # json.loads joins pairs, so what is left has no partner
+    lone = HALF_PAIR.search(value)
     if lone:
         refuse(
             f"prompt holds half of a surrogate pair (\\u{ord(lone[0]):04x}), which is not a character", "invalid_prompt"
