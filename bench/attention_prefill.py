@@ -126,12 +126,15 @@ def tunings(
             return _Step(new, kv, 32, 8, head_dim, device, torch.bfloat16)
 
         shared_list = architecture(device) == "sm_90" and head_dim <= 128
-        tiles = product((128,) if shared_list else (64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        sizes = product((128,) if shared_list else (64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+        tiles = [Tile(*size) for size in sizes]
+        if torch.version.cuda:  # registers such that two programs fit a multiprocessor
+            tiles += [tile._replace(max_registers=128) for tile in tiles if tile.num_warps == 8]
         yield Tuning(
             op="attention_prefill",
             bucket=head_dim,
             table=TILES,
-            tiles=[Tile(*tile) for tile in tiles],
+            tiles=tiles,
             error=partial(step(*ODD_LENS).error, kernel),
             trials={
                 f"{batch} x {new}" + (f" on {cached}" if cached else ""): partial(

@@ -9,8 +9,9 @@ The new tokens' own keys and values are already in the cache. Bound by matmul: 4
 One program does one tile: BLOCK_M queries of one sequence and one head. The host lists the tiles (`prefill_tiles`),
 longest first; how many there are is read on the device, so that a captured launch serves every list up to its own size.
 Heads are the fastest place of the grid, so heads that share KV run together and find it in L2.
-Blocks of keys that every query of the tile sees carry no mask; only the diagonal and the window's edge do. Scores and
-sums are fp32. A token's result depends on its own sequence alone, but a prompt in chunks has other tiles than the whole
+Only the blocks of keys on the diagonal and at the window's edge mask scores: they do so under a branch, since a loop of
+their own fills and drains the pipeline once more (at 16 x 1024 on an H200, 327 against 316 TFLOP/s). Scores and sums
+are fp32. A token's result depends on its own sequence alone, but a prompt in chunks has other tiles than the whole
 prompt: the two agree to rounding, not bit for bit. Hopper has a kernel of its own for common shapes, in
 attention_prefill_sm90.py; the one here runs everywhere.
 Source: Dao, "FlashAttention-2", 2023; Kwon et al., "PagedAttention", 2023.
@@ -88,12 +89,13 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0  # of a thread, on NVIDIA GPUs; 0: the compiler's choice
 
 
 # By architecture and head dim, rounded up to 64, 128 or 256; for 2-byte types. On sm_90 the queries of a tile are those
 # of the kernel in attention_prefill_sm90.py: which of the two runs is not known when the host lists the tiles.
 TILES: dict[str, dict[int, Tile]] = {
-    "sm_90": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 64, 8, 2)},
+    "sm_90": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2, 128), 256: Tile(128, 64, 8, 2)},
     "sm_80": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 8, 2)},
     "sm_100": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
     "sm_120": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
@@ -131,48 +133,6 @@ def prefill_tiles(query_lens: npt.ArrayLike, kv_lens: npt.ArrayLike, block: int)
     heaviest_first = np.argsort(-num_keys, kind="stable")
     tiles = np.stack([sequence, query_block], axis=1)[heaviest_first]
     return np.concatenate([[[len(tiles), 0]], tiles]).astype(np.int32)
-
-
-@triton.jit
-def _attend(
-    q,
-    places,
-    acc,
-    row_max,
-    row_sum,
-    k_ptr,
-    v_ptr,
-    table_row,
-    scale_log2,
-    begin,
-    end,
-    first_key,
-    SLOT_STRIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Attend to keys begin..end-1 in blocks; begin is a multiple of BLOCK_N."""
-    # The page id is loaded one block ahead: waiting for it before each key load costs a quarter of the speed
-    # (327 against 427 TFLOP/s on an H200).
-    next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
-    for start in range(begin, end, BLOCK_N):
-        page = next_page
-        next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
-        k = load_block(k_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-        v = load_block(v_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if MASKED:
-            keys = start + tl.arange(0, BLOCK_N)
-            visible = keys[None, :] <= places[:, None]
-            if WINDOW > 0:
-                visible &= keys[None, :] > places[:, None] - WINDOW
-            scores = tl.where(visible, scores, MASKED_SCORE)
-        acc, row_max, row_sum = online_softmax(scores, v, acc, row_max, row_sum, scale_log2)
-    return acc, row_max, row_sum
 
 
 # The index tensors are slices of one upload: their alignment changes from step to step and must not recompile.
@@ -224,34 +184,38 @@ def _attention_prefill_kernel(
     cached = kv_len - query_len
     places = cached + queries
     first_place = cached + block_start
-    end_place = tl.minimum(first_place + BLOCK_M, kv_len)
-    full_end = (first_place + 1) // BLOCK_N * BLOCK_N  # every query of the tile sees all keys before it
+    end = tl.minimum(first_place + BLOCK_M, kv_len)
+    first_key = 0
+    full_begin = 0  # from here to full_end every query of the tile sees all keys
+    full_end = (first_place + 1) // BLOCK_N * BLOCK_N
+    if WINDOW > 0:
+        first_key = tl.maximum(first_place + 1 - WINDOW, 0)
+        full_begin = tl.maximum(end - WINDOW, 0)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    first_key = 0
-    full_begin = 0
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    if WINDOW > 0:  # the window's edge: blocks that some of the queries see in part
-        first_key = tl.maximum(first_place + 1 - WINDOW, 0)
-        seen_by_all = tl.maximum(end_place - WINDOW, 0)
-        full_begin = tl.minimum((seen_by_all + BLOCK_N - 1) // BLOCK_N * BLOCK_N, full_end)
-        acc, row_max, row_sum = _attend(
-            q, places, acc, row_max, row_sum, k_ptr, v_ptr, table_row, scale_log2,
-            first_key // BLOCK_N * BLOCK_N, full_begin, first_key,
-            SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, WINDOW, BLOCK_N, BLOCK_D, MASKED=True,
-        )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        q, places, acc, row_max, row_sum, k_ptr, v_ptr, table_row, scale_log2,
-        full_begin, full_end, first_key,
-        SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, WINDOW, BLOCK_N, BLOCK_D, MASKED=False,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        q, places, acc, row_max, row_sum, k_ptr, v_ptr, table_row, scale_log2,
-        full_end, end_place, first_key,
-        SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, WINDOW, BLOCK_N, BLOCK_D, MASKED=True,
-    )  # fmt: skip
+    begin = first_key // BLOCK_N * BLOCK_N
+    # The page id is loaded one block ahead: waiting for it before each key load costs a quarter of the speed
+    # (327 against 427 TFLOP/s on an H200).
+    next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        page = next_page
+        next_page = load_page_ids(table_row, start + BLOCK_N, end, PAGE_SIZE, BLOCK_N)
+        # Keys past the end are there, whatever they are, and get no score; values would count even so: 0 * NaN.
+        k = load_block(
+            k_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, WINDOW > 0
+        )
+        v = load_block(v_ptr, page, start, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, True)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if (start < full_begin) | (start >= full_end):
+            keys = start + tl.arange(0, BLOCK_N)
+            visible = keys[None, :] <= places[:, None]
+            if WINDOW > 0:
+                visible &= keys[None, :] > places[:, None] - WINDOW
+            scores = tl.where(visible, scores, MASKED_SCORE)
+        acc, row_max, row_sum = online_softmax(scores, v, acc, row_max, row_sum, scale_log2)
 
     row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # rows past the sequence's end may have seen nothing
     out = (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty)
@@ -342,4 +306,5 @@ def attention_prefill_portable(
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **({"maxnreg": tile.max_registers} if tile.max_registers else {}),
     )

@@ -4,7 +4,7 @@ paged caches of given content for tests and benches.
 Legend: P pages, K KV heads, D head dim, R rows of the page table, M pages a row may have, S sequences.
 A layer's cache is [P, page_size, K, D], contiguous. Key j of a row lies in slot j % page_size of page
 page_table[row, j // page_size]. Slots at and past a row's length, and table entries past its last page, may hold
-anything (NaN too): nothing here reads them.
+anything (NaN too): no result depends on it.
 """
 
 from collections.abc import Sequence

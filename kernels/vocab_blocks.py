@@ -207,7 +207,8 @@ def summarize_blocks(
             check_same(name, x, device=logits.device, dtype=dtype)
     if not use_triton(logits):
         return summarize_blocks_reference(logits, rows, temperature, vocab)
-    largest, mass = torch.empty(2, len(logits), shape.blocks, dtype=torch.float32, device=logits.device).unbind()
+    # Not two halves of one: where the second starts would tell odd numbers of samples from even ones.
+    largest, mass = (logits.new_empty(len(logits), shape.blocks, dtype=torch.float32) for _ in range(2))
     if len(logits):
         # The stride is fixed by the model, so specialised: a multiple of 16 keeps the loads 16 bytes wide.
         _summarize_blocks_kernel[(cdiv(shape.blocks, PROGRAM_BLOCKS), len(logits))](

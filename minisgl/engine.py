@@ -23,7 +23,7 @@ from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
 from minisgl.graphs import Key, StepGraphs, padded_size
-from minisgl.kernels.attention_cascade import CascadeTiles, tile_members
+from minisgl.kernels.attention_cascade import CascadeTiles, min_members, tile_members
 from minisgl.kernels.attention_decode import many_sequences
 from minisgl.kernels.compile_ahead import compile_ahead
 from minisgl.kernels.launch import use_device, use_triton
@@ -264,18 +264,20 @@ class Engine:
     def _profile_activations(self, config: EngineConfig) -> int:
         """Peak bytes of the largest steps beyond weights and KV."""
         model, rows = self.model_config, self.rows
-        each = min(config.max_step_tokens // config.max_running, rows.tokens.shape[1] - 1)
-        pages_each = -(-each // config.page_size)
+        most = rows.tokens.shape[1] - 1  # tokens of one request
+        each, longer = divmod(config.max_step_tokens, config.max_running)
+        counts = [min(each + (row < longer), most) for row in range(config.max_running)]
+        pages_each = -(-counts[0] // config.page_size)
         kv = self._new_cache(pages_each, config.page_size)
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
-        requests = [Request(row, [0] * each, params, each + 1, frozenset()) for row in range(config.max_running)]
+        requests = [Request(row, [0] * count, params, count + 1, frozenset()) for row, count in enumerate(counts)]
         for row, request in enumerate(requests):
             request.row = row
         pages = [(row, place, place) for row in range(config.max_running) for place in range(pages_each)]
-        chunks = [Chunk(request, 0, each, 0, samples=True) for request in requests]
+        chunks = [Chunk(request, 0, count, 0, samples=True) for request, count in zip(requests, counts, strict=True)]
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self._run(rows.load(Step(chunks=chunks, new_rows=requests, page_updates=pages)), kv, EVERYTHING, each)
+        self._run(rows.load(Step(chunks=chunks, new_rows=requests, page_updates=pages)), kv, EVERYTHING, counts[0])
         decode = rows.load(Step(decodes=requests))
         # Split-KV decode takes its largest workspace at the longest context.
         self._run(replace(decode, max_decode_len=rows.tokens.shape[1]), kv)
@@ -310,12 +312,14 @@ class Engine:
             self._run(rows.load(step), kv)
             self._run(decodes(1, 1), kv)  # a grid that is small enough to ask for keys ahead
             for size in sizes:
-                if size <= config.max_running:
+                if size <= padded_size(config.max_running):
                     self._run(decodes(size, max_len), kv)
+            self.model.hidden(decodes(1, max_len), kv)  # as decodes beside chunks
             if together:
-                packed = torch.zeros(packed_length(1, together), dtype=torch.int32, device=self.device)
+                members = min_members(together)  # as many as make a tile; it has nothing to do
+                packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
                 for bound in (1, max_len):  # no tile is used where a sequence has one split
-                    self._run(decodes(1, bound, CascadeTiles.unpack(packed, 1, together)), kv)
+                    self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)
             for border in borders:
                 if border < config.max_step_tokens:
                     self.model.run_matmuls(border + 1)

@@ -132,18 +132,24 @@ def test_graphs_and_overlap_do_not_change_the_tokens(tiny_model, options):
             assert [result.token_ids for result in llm.generate(prompts, params)] == expected
 
 
+def sharing_a_prefix(model, folder):
+    """The model with a longer context, in a new folder, and prompts whose prefix is long enough to be read together."""
+    longer = folder / model.name
+    shutil.copytree(model, longer)
+    config = json.loads((model / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1000}))
+    rng = random.Random(1)
+    system = [rng.randrange(VOCAB_SIZE) for _ in range(600)]
+    prompts = [system + [rng.randrange(VOCAB_SIZE) for _ in range(1 + i)] for i in range(40)] + [system[:300]] * 5
+    return longer, prompts
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["qwen3", "llama", "mistral-window"])
 def test_shared_prefixes_read_together_do_not_change_the_tokens(tiny_model, name, tmp_path, monkeypatch):
     """Bit for bit: seeded sampling at temperature 1 would show any difference in the logits."""
     monkeypatch.setattr(cascade_module, "BREAK_EVEN_BYTES_PER_KEY", 0)
-    model = tmp_path / name
-    shutil.copytree(tiny_model(name), model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1000}))
-    rng = random.Random(1)
-    system = [rng.randrange(VOCAB_SIZE) for _ in range(600)]
-    prompts = [system + [rng.randrange(VOCAB_SIZE) for _ in range(1 + i)] for i in range(40)] + [system[:300]] * 5
+    model, prompts = sharing_a_prefix(tiny_model(name), tmp_path)
     params = SamplingParams(temperature=1.0, max_tokens=30, ignore_eos=True)
     tokens = []
     for cascade in (True, False):
@@ -155,21 +161,28 @@ def test_shared_prefixes_read_together_do_not_change_the_tokens(tiny_model, name
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["qwen3", "qwen2-window"])
-def test_nothing_compiles_after_the_start(tiny_model, monkeypatch, name):
+@pytest.mark.parametrize("max_graph_batch", [0, 512])
+def test_nothing_compiles_after_the_start(tiny_model, tmp_path, monkeypatch, name, max_graph_batch):
     from triton import knobs
 
     compiled: list[str] = []
-    monkeypatch.setattr(attention_decode, "MANY", 20)  # fewer sequences than run
-    with LLM(tiny_model(name), device="cuda", dtype="bfloat16", page_size=16, max_running=32, num_pages=400) as llm:
+    monkeypatch.setattr(attention_decode, "MANY", 31)  # of one KV head: above max_running, in its padding
+    monkeypatch.setattr(cascade_module, "BREAK_EVEN_BYTES_PER_KEY", 0)
+    model, shared = sharing_a_prefix(tiny_model(name), tmp_path)
+    options = {"page_size": 16, "max_running": 30, "num_pages": 1500, "max_graph_batch": max_graph_batch}
+    with LLM(model, device="cuda", dtype="bfloat16", **options) as llm:
         assert attention_decode.many_sequences(llm.core.engine.model.shard.kv_heads.size) <= 32
         knobs.runtime.jit_post_compile_hook = lambda **options: compiled.append(options["fn"].name)
         try:
             llm.generate(prompts_of_all_kinds(), GREEDY)
             for seed in range(1, 4):
                 llm.generate(prompts_of_all_kinds(seed)[seed:] * seed, SamplingParams(top_k=5, max_tokens=7 + seed))
-            llm.generate([[1, 2, 3]] * 32, GREEDY)
+            llm.generate([[1, 2, 3]] * 30, GREEDY)
+            llm.generate(shared, GREEDY)
         finally:
             knobs.runtime.jit_post_compile_hook = None
+        planner = llm.core.scheduler.cascade
+        assert planner and planner.num_plans > 0
     assert not compiled
 
 
