@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ class Engine:
     def close(self) -> None:
         """Give the device's memory back."""
         if not self.closed:
-            for name in ("model", "sampler", "kv", "rows", "graphs", "_counts"):
+            for name in ("model", "sampler", "kv", "rows", "graphs", "_counts", "_waiting_logits"):
                 vars(self).pop(name, None)  # not all are there where loading failed
             self.empty_cache()
 
@@ -166,8 +167,15 @@ class Engine:
         return made if masked else self._sample(made)
 
     def run_key(self, batch: Batch, key: Key) -> Forward:
-        """The step that a graph is made of."""
-        return self._run(batch, self.kv, key.wanted, key.bound, key.masked)
+        """The step that a graph is made of. Logits that wait for masks go where those of all graphs do."""
+        made = self._run(batch, self.kv, key.wanted, key.bound, key.masked)
+        if made.logits is None:
+            return made
+        return replace(made, logits=self._waiting_logits[: len(made.logits)].copy_(made.logits))
+
+    @cached_property
+    def _waiting_logits(self) -> torch.Tensor:
+        return self.model.lm_head.new_empty(self._counts.shape)  # [most samples, V]
 
     def _score(self, hidden: torch.Tensor, kept: Kept) -> Logprobs:
         """Logprobs of prompt tokens, a few at a time: memory does not grow with the prompt."""

@@ -102,6 +102,8 @@ def test_captured_steps_give_the_same_answers(folder, monkeypatch):
     with LLM(folder, **SMALL) as llm:
         got = llm.generate(prompts, asked)
         keys = llm.core.engine.graphs.keys
+        masked = [captured for key, captured in llm.core.engine.graphs._graphs.items() if key.masked]
+        assert len(masked) > 1 and len({captured.made.logits.data_ptr() for captured in masked}) == 1  # memory of one
     assert without_logprobs(got) == without_logprobs(expected)
     assert_logprobs_close(got, expected)
     assert any(result.usage.cached_tokens for result in got)
