@@ -301,6 +301,7 @@ class Engine:
         """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler: once to
         see which kernels they launch, and once more to see them run."""
         rows, together = self.rows, self._tile_members(config)
+        members = min_members(together)
         max_len = rows.tokens.shape[1]
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
         prompt = Request(0, [0, 0], params, 3, frozenset())
@@ -323,8 +324,7 @@ class Engine:
                 if size <= padded_size(config.max_running):
                     self._run(decodes(size, max_len), kv)
             self.model.hidden(decodes(1, max_len), kv)  # as decodes beside chunks
-            if together:
-                members = min_members(together)  # as many as make a tile; it has nothing to do
+            if members <= config.max_running and together:  # as many as make a tile; it has nothing to do
                 packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
                 for bound in (1, max_len):  # no tile is used where a sequence has one split
                     self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)
