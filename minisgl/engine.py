@@ -298,49 +298,48 @@ class Engine:
         return peak
 
     def _compile_kernels(self, config: EngineConfig) -> None:
-        """Run small steps of every kind that has kernels of its own, so that no request waits for a compiler: once to
-        see which kernels they launch, and once more to see them run."""
-        rows, together = self.rows, self._tile_members(config)
-        members = min_members(together)
-        max_len = rows.tokens.shape[1]
-        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
-        prompt = Request(0, [0, 0], params, 3, frozenset())
-        prompt.row = 0
-        step = Step(chunks=[Chunk(prompt, 0, 2, 0, samples=True)], new_rows=[prompt])
-        many = many_sequences(self.model.shard.kv_heads.size)
-        sizes = (1, *(border + 1 for border in self.model.stream_borders), many)
-        borders = self.model.ops.linear_borders(self.dtype, self.device)
-        masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
+        """Run every kind of step, so that no request waits for a compiler: once to see which kernels they launch, and
+        once more to see them run."""
+        with self._few_layers(), self.group.rehearsal():
+            kv = self._new_cache(1, config.page_size)
+            with compile_ahead(self.device):
+                self._run_every_kind(config, kv)
+            self._run_every_kind(config, kv)
+        self.rows.reset()
+
+    @torch.inference_mode()
+    def _run_every_kind(self, config: EngineConfig, kv: KVCache) -> None:
+        """Small steps of every kind that has kernels of its own."""
+        rows, max_len = self.rows, self.rows.tokens.shape[1]
 
         def decodes(size: int, bound: int, cascade: CascadeTiles | None = None) -> Batch:
             padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)  # changes no row
             return rows.decode_batch(padding, bound, cascade)
 
-        @torch.inference_mode()
-        def run_all(kv: KVCache) -> None:
-            self._run(rows.load(step), kv)
-            self._run(decodes(1, 1), kv)  # a grid that is small enough to ask for keys ahead
-            for size in sizes:
-                if size <= padded_size(config.max_running):
-                    self._run(decodes(size, max_len), kv)
-            self.model.hidden(decodes(1, max_len), kv)  # as decodes beside chunks
-            if members <= config.max_running and together:  # as many as make a tile; it has nothing to do
-                packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
-                for bound in (1, max_len):  # no tile is used where a sequence has one split
-                    self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)
-            for border in borders:
-                if border < config.max_step_tokens:
-                    self.model.run_matmuls(border + 1)
-            self._run(decodes(1, 1), kv, EVERYTHING, max_len)
-            # Not `self.sample`, with which a first rank tells the others to do the same.
-            Engine.sample(self, self._run(decodes(1, 1), kv, masked=True), masks, np.full(1, -1, np.int32))
-
-        with self._few_layers(), self.group.rehearsal():
-            kv = self._new_cache(1, config.page_size)
-            with compile_ahead(self.device):
-                run_all(kv)
-            run_all(kv)
-        rows.reset()
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
+        prompt = Request(0, [0, 0], params, 3, frozenset())
+        prompt.row = 0
+        step = Step(chunks=[Chunk(prompt, 0, 2, 0, samples=True)], new_rows=[prompt])
+        self._run(rows.load(step), kv)
+        self._run(decodes(1, 1), kv)  # a grid that is small enough to ask for keys ahead
+        many = many_sequences(self.model.shard.kv_heads.size)
+        for size in (1, *(border + 1 for border in self.model.stream_borders), many):
+            if size <= padded_size(config.max_running):
+                self._run(decodes(size, max_len), kv)
+        self.model.hidden(decodes(1, max_len), kv)  # as decodes beside chunks
+        together = self._tile_members(config)
+        members = min_members(together)
+        if together and members <= config.max_running:  # as many as make a tile; it has nothing to do
+            packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
+            for bound in (1, max_len):  # no tile is used where a sequence has one split
+                self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)
+        for border in self.model.ops.linear_borders(self.dtype, self.device):
+            if border < config.max_step_tokens:
+                self.model.run_matmuls(border + 1)
+        self._run(decodes(1, 1), kv, EVERYTHING, max_len)
+        # Not `self.sample`, with which a first rank tells the others to do the same.
+        masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)
+        Engine.sample(self, self._run(decodes(1, 1), kv, masked=True), masks, np.full(1, -1, np.int32))
 
     @contextmanager
     def _few_layers(self) -> Iterator[None]:

@@ -159,6 +159,16 @@ def test_shared_prefixes_read_together_do_not_change_the_tokens(tiny_model, name
     assert tokens[0] == tokens[1]
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name, max_running", [("qwen2", 4), ("qwen2-window", 9)])
+def test_every_kind_of_step_runs_before_any_request(tiny_model, name, max_running):
+    """However few may run at once: then there is no tile of a shared prefix."""
+    with LLM(tiny_model(name), device="cpu", dtype="float32", max_running=max_running, num_pages=8) as llm:
+        engine = llm.core.engine
+        with engine._few_layers():
+            engine._run_every_kind(engine.config, engine._new_cache(1, engine.config.page_size))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["qwen3", "qwen2-window"])
 @pytest.mark.parametrize("max_graph_batch", [0, 512])
