@@ -160,7 +160,7 @@ def test_shared_prefixes_read_together_do_not_change_the_tokens(tiny_model, name
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("name, max_running", [("qwen2", 4), ("qwen2-window", 9)])
+@pytest.mark.parametrize("name, max_running", [("qwen2", 2), ("qwen2-window", 9)])
 def test_every_kind_of_step_runs_before_any_request(tiny_model, name, max_running):
     """However few may run at once: then there is no tile of a shared prefix."""
     with LLM(tiny_model(name), device="cpu", dtype="float32", max_running=max_running, num_pages=8) as llm:
