@@ -53,7 +53,8 @@ def prepare_step_reference(
     starts = torch.where(starts < 0, length[rows], starts)
     sequence = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
     place = torch.arange(len(sequence), device=rows.device, dtype=torch.int32) - offsets[sequence]
-    positions = starts[sequence] + place
+    of_real = real[sequence]
+    positions = torch.where(of_real, starts[sequence] + place, 0)
     row = rows[sequence]
     given = of_chunk[sequence]
     tokens[row[given], positions[given]] = ids[given]
@@ -61,10 +62,7 @@ def prepare_step_reference(
     slots = torch.where(positions < store_from[sequence], -1, pages * page_size + positions % page_size)
     kv_lens = starts + counts
     length[rows[real]] = kv_lens[real]
-    of_real = real[sequence]
-    return PreparedStep(
-        tokens[row, positions].where(of_real, 0), positions.where(of_real, 0), slots.where(of_real, -1), kv_lens * real
-    )
+    return PreparedStep(tokens[row, positions].where(of_real, 0), positions, slots.where(of_real, -1), kv_lens * real)
 
 
 # The int32 inputs are slices of one upload: their alignment varies, and nothing here gains from knowing it.
