@@ -180,7 +180,7 @@ def invariant_decode(
     if window:  # wherever it begins in a split
         max_splits = min(max_splits, cdiv(window - 1, SPLIT) + 1)
     partial = torch.empty(batch, max_splits, heads, head_dim, dtype=torch.float32, device=q.device)
-    maxima, sums = torch.empty(2, batch, max_splits, heads, dtype=torch.float32, device=q.device).unbind()
+    maxima, sums = (partial.new_empty(batch, max_splits, heads) for _ in range(2))
     k_desc, v_desc = descriptors(k_cache, v_cache, tile)
     launch = dependent_launch(q.device)
     head_blocks = cdiv(heads // kv_heads, tile.block_m)

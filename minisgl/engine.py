@@ -233,8 +233,9 @@ class Engine:
         """Most sequences that attend to a shared prefix in one program; 0 when none do."""
         shard = self.model.shard
         together = tile_members(shard.q_heads.size, shard.kv_heads.size, self.dtype)
+        fill = together > 1 and min_members(together) <= config.max_running
         all_windows = all(self.model_config.windows)  # whose attention reads no shared prefix by itself
-        return together if config.cascade and use_triton(self.model.lm_head) and together > 1 and not all_windows else 0
+        return together if config.cascade and use_triton(self.model.lm_head) and fill and not all_windows else 0
 
     def _new_graphs(self) -> StepGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
@@ -327,9 +328,8 @@ class Engine:
             if size <= padded_size(config.max_running):
                 self._run(decodes(size, max_len), kv)
         self.model.hidden(decodes(1, max_len), kv)  # as decodes beside chunks
-        together = self._tile_members(config)
-        members = min_members(together)
-        if together and members <= config.max_running:  # as many as make a tile; it has nothing to do
+        if together := self._tile_members(config):
+            members = min_members(together)  # as many as make a tile; it has nothing to do
             packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
             for bound in (1, max_len):  # no tile is used where a sequence has one split
                 self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)

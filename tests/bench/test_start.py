@@ -17,7 +17,7 @@ def test_rows_of_both_caches(tmp_path: Path, device: str) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
     assert [row["caches"] for row in rows] == ["cold", "warm"]
     for row in rows:
-        assert 0 < row["ready_s"] <= row["answer_s"] and row["ready_s_all"] == [row["ready_s"]]
+        assert 0 < row["ready_s"] < row["answer_s"] and row["ready_s_all"] == [row["ready_s"]]
         assert row["options"] == {"dtype": "float32", "num_pages": 64} and row["dtype"] == "float32"
         assert (row["num_compiled"] > 10) == (row["caches"] == "cold" and device == "cuda")
         table = start.table(row)
