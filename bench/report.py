@@ -136,7 +136,7 @@ class Page:
         rows = latest([*self.results.ours, *self.results.peers], "start", "model", "engine", "caches").values()
         for model in dict.fromkeys(row["model"] for row in rows):
             each = [
-                f"{row['engine']} {row['ready_s']:g} s with {row['caches']} caches"
+                f"{row['engine']} {row['ready_s']:.4g} s with {row['caches']} caches"
                 for row in rows
                 if row["model"] == model
             ]
