@@ -19,15 +19,14 @@ warps in step and waits there. Other choices, with what they were measured to gi
 - A block is copied in boxes of a page, or of 128 slots where a page has more: pages of 64 lose 0-3%, pages of 16 5-9%.
 - Weights are rounded to 2 bytes where the next block begins: the assembler swaps the halves of pairs that live from one
   block to the next, and back, an eighth of the loop's instructions (1 x 16384: 572 TFLOP/s with them, 609 without).
-- With heads of 64, whose matmuls are half as long, the threads of a row add up their sums once a tile and not once a
-  block (4 x 4096: 399 TFLOP/s for 377). With heads of 128 registers run out: 2 to 5% are lost.
+- The threads of a row add up their sums once a tile, not once a block.
 - Blocks run from a tile's last to its first, so that those with a mask come before one long loop without.
+- A row's maximum is replaced, and its sums rescaled, only where weights would grow by more than 2^8.
 
-Slots past a sequence's end may hold NaN, and 0 * NaN is NaN: they must not get into shared memory. The box that crosses
-the end is moved back until its last slot is the last key, and a box past the end is moved out of its page
-(`_box_shift`). TMA writes zeros for slots before a page's first, and any key that the box moved over is an earlier one,
-which is finite and masked. All of this is a few integers in the first block of a tile.
-Source: Shah et al., "FlashAttention-3", 2024.
+A box is copied whole: behind a sequence's end come slots of others, or never written ones. Scores there are masked;
+values are overwritten with zeros in shared memory, since they may be NaN, and 0 * NaN is NaN. So a key has its place in
+a block, whatever the chunk, and a query's result has the same bits in every chunk.
+Sources: Shah et al., "FlashAttention-3", 2024; the rule for rescaling: Zadouri et al., "FlashAttention-4", 2026.
 """
 
 from functools import lru_cache
@@ -55,7 +54,8 @@ STAGES = {64: 4, 128: 2}  # buffers for K and for V, by head dim: 64 KB each; wi
 Q_BUFFERS = gl.constexpr(2)
 BUFFER_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
-HIDDEN = gl.constexpr(2**31 - 1)  # the place of a column that has no key of its block: after every query
+MAX_GROWTH = gl.constexpr(8.0)  # of weights, as a power of 2
+SUMS = gl.constexpr(32)  # of a thread that are rescaled together
 
 
 class Ring(NamedTuple):
@@ -144,23 +144,8 @@ def _work(turn, index, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def _box_shift(box_start, kv_len, BOX: gl.constexpr):
-    """How far the box of keys box_start..box_start+BOX-1 moves to end at the sequence's last key; 0 or less."""
-    return gl.minimum(kv_len - BOX - box_start, 0)
-
-
-@gluon.jit
-def _last_block_keys(start, kv_len, BOX: gl.constexpr, layout: gl.constexpr):
-    """The keys in the columns of the block at `start`, which the sequence's end may cross  # [BLOCK_N]."""
-    columns = gl.arange(0, BLOCK_N, layout=layout)
-    box_start = start + columns // BOX * BOX
-    keys = start + columns + _box_shift(box_start, kv_len, BOX)
-    return gl.where(keys >= box_start, keys, HIDDEN)  # keys moved in are of the block before, or rows of zeros
-
-
-@gluon.jit
 def _box_pages(table_row, start, kv_len, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """The page of each box of the block at `start`; past the end of a sequence, before and behind, any of its pages."""
+    """The page of each box of the block at `start`; past the ends of a sequence any of its pages."""
     pages = gl.tuple([])
     for box in gl.static_range(BLOCK_N // BOX):
         key = gl.maximum(gl.minimum(start + box * BOX, kv_len - 1), 0)
@@ -170,7 +155,7 @@ def _box_pages(table_row, start, kv_len, BOX: gl.constexpr, PAGE_SIZE: gl.conste
 
 @gluon.jit
 def _load_block(
-    desc, ring, turn, pages, start, kv_len, column, HEAD_DIM: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr
+    desc, ring, turn, pages, start, column, HEAD_DIM: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr
 ):
     """Copy a block of keys or values, once its buffer is free. desc  # [P, page_size, K * D] in boxes [1, BOX, 64]."""
     NUM_BUFFERS: gl.constexpr = ring.full.shape[0]
@@ -184,8 +169,7 @@ def _load_block(
     _wait_empty(ring, turn)
     mbarrier.expect(full, BLOCK_N * HEAD_DIM * 2)
     for box in gl.static_range(NUM_BOXES):
-        box_start = start + box * BOX
-        slot = (box_start % PAGE_SIZE if BOX < PAGE_SIZE else 0) + _box_shift(box_start, kv_len, BOX)
+        slot = (start + box * BOX) % PAGE_SIZE if BOX < PAGE_SIZE else 0
         for i in gl.static_range(NUM_COLUMNS):
             target = boxes.index((buffer * NUM_COLUMNS + i) * NUM_BOXES + box)
             async_load(desc, [pages[box], slot, column + i * BOX_DIMS], full, target)
@@ -228,8 +212,8 @@ def _produce(
         for i in range(work.num_blocks):
             pages = next_pages
             next_pages = _box_pages(table_row, start - BLOCK_N, work.kv_len, BOX, PAGE_SIZE)
-            _load_block(k_desc, k_ring, first_block + i, pages, start, work.kv_len, column, HEAD_DIM, BOX, PAGE_SIZE)
-            _load_block(v_desc, v_ring, first_block + i, pages, start, work.kv_len, column, HEAD_DIM, BOX, PAGE_SIZE)
+            _load_block(k_desc, k_ring, first_block + i, pages, start, column, HEAD_DIM, BOX, PAGE_SIZE)
+            _load_block(v_desc, v_ring, first_block + i, pages, start, column, HEAD_DIM, BOX, PAGE_SIZE)
             start -= BLOCK_N
         first_block += work.num_blocks
 
@@ -241,22 +225,69 @@ def _thread_sums(x):
 
 
 @gluon.jit
+def _hide_later(scores, keys, places):
+    """Scores of queries at `places` with `keys`, and -inf where the key is later. Of `gl.where` the compiler packs the
+    conditions into bits and unpacks them, which takes as many instructions again as the rest of the softmax."""
+    keys, places = gl.broadcast(keys[None, :], places[:, None])
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred sees; setp.le.s32 sees, $2, $3; selp.f32 $0, $1, 0fFF800000, sees; }",
+        "=f,f,r,r",
+        [scores, keys, places],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _softmax(scores, row_max, row_sum, scale_log2, places, keys, MASKED: gl.constexpr):
-    """One block of the online softmax: its weights, the new maximum and sum, and what the sums so far shrink by."""
+    """One block of the online softmax: its weights, the new maximum, or an old one that is not far below it, the new
+    sum, and what the sums so far shrink by."""
     if MASKED:
-        scores = gl.where(keys[None, :] <= places[:, None], scores, -float("inf"))
+        scores = _hide_later(scores, keys, places)
     new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+    new_max = gl.where(new_max > row_max + MAX_GROWTH, new_max, row_max)
     shift = new_max
     if MASKED:  # a query may have seen no key yet: -inf - -inf is NaN
         shift = gl.where(new_max == -float("inf"), 0.0, new_max)
     weights = gl.exp2(scores * scale_log2 - shift[:, None])
     rescale = gl.exp2(row_max - shift)
-    if len(row_sum.shape) == 1:
-        row_sum = row_sum * rescale + gl.sum(weights, 1)
-    else:
-        row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None]
-        row_sum += _thread_sums(weights)
-    return weights, new_max, row_sum, rescale
+    row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None]
+    return weights, new_max, row_sum + _thread_sums(weights), rescale
+
+
+def _rescale_asm() -> str:
+    """PTX that multiplies sums $0.. by the factors behind them, unless those are 1 in the whole warp. A thread has sums
+    of two rows, two of each in turn: the first and the third factor are all there are."""
+    sums = SUMS.value
+    return "\n".join(
+        [
+            "{ .reg .pred grew, any;",
+            f"setp.ne.f32 grew, ${2 * sums}, 0f3F800000;",
+            f"setp.ne.or.f32 grew, ${2 * sums + 2}, 0f3F800000, grew;",
+            "vote.sync.any.pred any, grew, 0xffffffff;",
+            "@!any bra DONE;",
+            *(f"mul.f32 ${i}, ${i}, ${2 * sums + i};" for i in range(sums)),
+            "DONE: }",
+        ]
+    )
+
+
+RESCALE_ASM = gl.constexpr(_rescale_asm())
+# Results, the sums in the same registers, factors.
+RESCALE_OPERANDS = gl.constexpr(
+    ",".join(["=f"] * SUMS.value + [str(i) for i in range(SUMS.value)] + ["f"] * SUMS.value)
+)
+
+
+@gluon.jit
+def _rescale(acc, factors):
+    """acc  # [rows, D] times factors  # [rows], which are 1 more often than not."""
+    factors = gl.convert_layout(factors, gl.SliceLayout(1, acc.type.layout))[:, None]
+    acc, factors = gl.broadcast(acc, factors)
+    return gl.inline_asm_elementwise(
+        RESCALE_ASM, RESCALE_OPERANDS, [acc, factors], dtype=gl.float32, is_pure=True, pack=SUMS
+    )
 
 
 @gluon.jit
@@ -289,8 +320,27 @@ def _attend_block(
     _wait_full(k_ring, turn + 1, pred=i + 1 < work.num_blocks)
     acc = warpgroup_mma_wait(0, [acc])
     _release(v_ring, turn - 1)
-    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return next_weights, acc, row_max, row_sum
+    return next_weights, _rescale(acc, rescale), row_max, row_sum
+
+
+@gluon.jit
+def _zero_values(v_ring, turn, num_keys):
+    """Overwrite the values of a block behind its first num_keys, for one consumer group; the other writes the same."""
+    NUM_BUFFERS: gl.constexpr = v_ring.full.shape[0]
+    NUM_COLUMNS: gl.constexpr = v_ring.data.shape[2] // BOX_DIMS
+    ROWS: gl.constexpr = 8  # after so many the swizzle starts again
+    NUM_PIECES: gl.constexpr = BLOCK_N // ROWS
+    shape: gl.constexpr = [NUM_BUFFERS * NUM_COLUMNS * NUM_PIECES, ROWS, BOX_DIMS]
+    pieces = reinterpret(v_ring.data, v_ring.data.dtype, shape, BUFFER_LAYOUT)
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    for i in range(num_keys // ROWS, NUM_PIECES):
+        is_key = (i * ROWS + rows < num_keys)[:, None]
+        for column in gl.static_range(NUM_COLUMNS):
+            piece = pieces.index((turn % NUM_BUFFERS * NUM_COLUMNS + column) * NUM_PIECES + i)
+            piece.store(gl.where(is_key, piece.load(layout), 0.0).to(piece.dtype))
+    fence_async_shared()
+    barrier()
 
 
 @gluon.jit
@@ -304,11 +354,9 @@ def _consume(
     v_ring,
     HEADS: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    PAGE_SIZE: gl.constexpr,
 ):
     """One consumer group: four warps, half of a tile's queries."""
     ROWS: gl.constexpr = BLOCK_M // 2
-    BOX: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
     K_BUFFERS: gl.constexpr = k_ring.full.shape[0]
     V_BUFFERS: gl.constexpr = v_ring.full.shape[0]
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -324,7 +372,7 @@ def _consume(
         work = _work(turn, index, HEADS)
         places = work.place + rows
         row_max = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
-        row_sum = _thread_sums(no_scores) if HEAD_DIM == 64 else gl.sum(no_scores, 1)
+        row_sum = _thread_sums(no_scores)
         acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, acc_layout)
         q = q_ring.data.index(turn % Q_BUFFERS * 2 + GROUP)
 
@@ -334,8 +382,12 @@ def _consume(
         scores = warpgroup_mma(q, k, no_scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, [scores])
         _release(k_ring, first_block)
-        keys = _last_block_keys((work.num_blocks - 1) * BLOCK_N, work.kv_len, BOX, gl.SliceLayout(0, score_layout))
+        last_start = (work.num_blocks - 1) * BLOCK_N
+        keys = last_start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, score_layout))
         weights, row_max, row_sum, _ = _softmax(scores, row_max, row_sum, scale_log2, places, keys, True)
+        if work.kv_len - last_start < BLOCK_N:
+            _wait_full(v_ring, first_block)
+            _zero_values(v_ring, first_block, work.kv_len - last_start)
         _wait_full(k_ring, first_block + 1, pred=work.num_blocks > 1)
         for i in range(1, work.num_masked):
             weights, acc, row_max, row_sum = _attend_block(
@@ -355,8 +407,7 @@ def _consume(
         acc = warpgroup_mma_wait(0, [acc])
         _release(v_ring, first_block - 1)
 
-        if HEAD_DIM == 64:
-            row_sum = gl.sum(row_sum, 1)
+        row_sum = gl.sum(row_sum, 1)
         # Every query has seen key 0: its sum is not 0.
         out = acc * (1.0 / gl.convert_layout(row_sum, gl.SliceLayout(1, acc_layout)))[:, None]
         out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), out_layout)
@@ -406,8 +457,8 @@ def _attention_prefill_sm90(
     index = Index(rows_ptr, cu_seqlens_ptr, kv_lens_ptr, tiles_ptr, num_turns)
     gl.warp_specialize(
         [
-            (_consume, (0, out_ptr, scale_log2, index, q_ring, k_ring, v_ring, HEADS, HEAD_DIM, PAGE_SIZE)),
-            (_consume, (1, out_ptr, scale_log2, index, q_ring, k_ring, v_ring, HEADS, HEAD_DIM, PAGE_SIZE)),
+            (_consume, (0, out_ptr, scale_log2, index, q_ring, k_ring, v_ring, HEADS, HEAD_DIM)),
+            (_consume, (1, out_ptr, scale_log2, index, q_ring, k_ring, v_ring, HEADS, HEAD_DIM)),
             (
                 _produce,
                 (
@@ -474,8 +525,8 @@ def attention_prefill_sm90(
     """`attention_prefill` for arguments that it has checked, that `fits` takes, and with at least one tile."""
     tokens, heads, head_dim = q.shape
     _, page_size, kv_heads, _ = k_cache.shape
-    # Two consumer groups and the producer share 504: more than one box a block is too much for 24.
-    consumer_registers, producer_registers = (240, 24) if page_size >= BLOCK_N.value else (232, 40)
+    # Two consumer groups and the producer share 504: more than four boxes a block are too much for 24.
+    consumer_registers, producer_registers = (240, 24) if BLOCK_N.value // page_size <= 4 else (232, 40)
     most_items = (tiles.shape[0] - 1) * heads
     _attention_prefill_sm90[(min(most_items, num_multiprocessors(q.device)),)](
         TensorDescriptor(

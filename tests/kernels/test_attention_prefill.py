@@ -139,8 +139,7 @@ def test_keys_before_the_window_are_never_read(device, dtype, assert_close, page
 
 @pytest.mark.usefixtures("ordered_dot")
 def test_a_prompt_in_chunks_is_the_whole_prompt(device, dtype):
-    """Bit for bit, with the portable kernel: a prompt's chunks depend on what else is in the steps that compute them.
-    Hopper's own moves the last block back to a text's last key, so that its sums are in an order of the chunk's."""
+    """Bit for bit: a prompt's chunks depend on what else is in the steps that compute them."""
     problem = make_problem([150], [0], 2, 1, 64, 16, device, dtype)
     whole = problem.launch(kernel=attention_prefill_portable)
     for begin, end in ((0, 37), (37, 101), (101, 150)):
@@ -395,6 +394,35 @@ def test_neighbours_do_not_change_a_bit(device, kernel, head_dim, page_size):
             kv_lens=problem.kv_lens[s : s + 1],
         )
         assert torch.equal(alone.launch(kernel=kernel), together[offsets[s] : offsets[s + 1]])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("page_size", [16, 64, 256])
+def test_chunks_do_not_change_a_bit(device, kernel, head_dim, page_size):
+    """Chunks that end before, on and behind the ends of tiles, blocks and pages; maxima grow on the way."""
+    ends = [1, 37, 128, 200, 256, 383, 384, 385, 700, 1000]
+    problem = make_problem([ends[-1]], [0], 8, 4, head_dim, page_size, device, torch.bfloat16)
+    problem = problem._replace(q=problem.q * 8)
+    whole = problem.launch(kernel=kernel)
+    for begin, end in zip([0, *ends], ends, strict=False):
+        chunk = problem._replace(
+            q=problem.q[begin:end],
+            cu_seqlens=torch.tensor([0, end - begin], dtype=torch.int32, device=device),
+            kv_lens=torch.tensor([end], dtype=torch.int32, device=device),
+        )
+        assert torch.equal(chunk.launch(kernel=kernel), whole[begin:end])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("element", [torch.bfloat16, torch.float16], ids=str)
+def test_maxima_that_grow(device, kernel, head_dim, element):
+    """Scores that lie ever farther apart: a row's maximum grows in some blocks, by little or by much, not in others."""
+    problem = make_problem([300, 1, 128], [1700, 2000, 0], 8, 2, head_dim, 64, device, element)
+    spread = torch.logspace(-1, 1.5, len(problem.q), device=device)[:, None, None]
+    problem = problem._replace(q=(problem.q * spread).to(element))
+    assert_each_row_close(problem.launch(kernel=kernel), problem.expected())
 
 
 @pytest.mark.gpu
