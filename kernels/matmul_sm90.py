@@ -23,7 +23,10 @@ Where torch is faster (most widths above 64 rows), there is no tile. Tried witho
 - weights asked for in L2 by pages of DRAM, ahead of the ring: two to three times as slow;
 - norms as part of these matmuls, as in `skinny_matmul`: a tile's last program adds its parts and the residual, and the
   next matmul divides. A layer of Qwen3-8B without attention takes 131 us in place of 111 at 64 rows, and 139 in place
-  of 124 at 128: what the last programs do is on the way of all, and a norm runs while the next ring fills.
+  of 124 at 128: what the last programs do is on the way of all, and a norm runs while the next ring fills;
+- o, norm, gate, down and norm in one kernel that stays, with barriers over the grid and a ring that takes the next
+  matmul's weights meanwhile: Qwen3-8B 134 us in place of 122 at 128 rows, Qwen3-0.6B 24 for 25 at 64, 29 for 28 at 128;
+- the end of a matmul asks for the start of the next one's weights in L2: level or slower at every shape.
 
 A row's bits depend on how many rows there are, since that chooses the tile and S.
 """
