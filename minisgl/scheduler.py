@@ -96,6 +96,7 @@ class Scheduler:
         self.running: dict[Request, None] = {}  # oldest first
         self.num_preemptions = 0
         self._free_rows = list(range(max_running - 1, -1, -1))
+        self._budget = 0  # tokens that the step in the making may still take
         self._nodes: dict[Request, Node] = {}  # the node each running request locks
 
     @property
@@ -120,6 +121,7 @@ class Scheduler:
     def _fill(self, step: Step) -> None:
         preemptions = self.num_preemptions
         self._schedule_decodes(step)
+        self._budget = self.max_step_tokens - len(step.decodes)
         for request in list(self.running):
             if not request.decoding and request in self.running:
                 self._schedule_chunk(step, request)
@@ -210,8 +212,7 @@ class Scheduler:
         store_from = request.length
         start = min(request.length, request.num_tokens - 1)  # a prompt found whole: its last token is computed again
         page_size = self.pool.page_size
-        budget = self.max_step_tokens - step.num_tokens
-        end = min(request.num_tokens, start + budget)
+        end = min(request.num_tokens, start + self._budget)
         if end < request.num_tokens:
             end = end // page_size * page_size
         if end <= start:
@@ -226,6 +227,7 @@ class Scheduler:
             end = min(end, len(request.pages + pages) * page_size)
         self._give_pages(step, request, pages)
         request.length = end
+        self._budget -= end - start
         first = request.next_scored
         scored = (max(first, start + 1), min(end + 1, request.scored_end)) if first is not None else (0, 0)
         step.chunks.append(Chunk(request, start, end - start, store_from, end == request.num_tokens, scored))
@@ -235,7 +237,7 @@ class Scheduler:
         self._share(request)
 
     def _admit(self, step: Step) -> None:
-        while self.waiting and self._free_rows and step.num_tokens < self.max_step_tokens:
+        while self.waiting and self._free_rows and self._budget > 0:
             request = self.waiting[0]
             assert request.num_pending == 0, "its last token is not known yet"
             node, pages = self.cache.match(request.tokens[: request.num_matchable]) if self.cache else (None, [])
@@ -244,9 +246,8 @@ class Scheduler:
             # Its whole prompt must find room, and each running request's next page too; alone it always fits.
             needed = self.pool.pages_for(request.num_tokens) - len(pages) + len(self.running)
             fits = needed <= self._num_available() or not self.running
-            budget_left = self.max_step_tokens - step.num_tokens
             short = request.num_tokens - len(pages) * self.pool.page_size
-            if not fits or budget_left < min(short, self.pool.page_size):
+            if not fits or self._budget < min(short, self.pool.page_size):
                 if self.cache and node:
                     self.cache.unlock(node)
                 return
