@@ -19,14 +19,13 @@ warps in step and waits there. Other choices, with what they were measured to gi
 - A block is copied in boxes of a page, or of 128 slots where a page has more: pages of 64 lose 0-3%, pages of 16 5-9%.
 - Weights are rounded to 2 bytes where the next block begins: the assembler swaps the halves of pairs that live from one
   block to the next, and back, an eighth of the loop's instructions (1 x 16384: 572 TFLOP/s with them, 609 without).
-- The threads of a row add up their sums once a tile, not once a block.
 - Blocks run from a tile's last to its first, so that those with a mask come before one long loop without.
-- A row's maximum is replaced, and its sums rescaled, only where weights would grow by more than 2^8.
 
 A box is copied whole: behind a sequence's end come slots of others, or never written ones. Scores there are masked;
 values are overwritten with zeros in shared memory, since they may be NaN, and 0 * NaN is NaN. So a key has its place in
 a block, whatever the chunk, and a query's result has the same bits in every chunk.
-Sources: Shah et al., "FlashAttention-3", 2024; the rule for rescaling: Zadouri et al., "FlashAttention-4", 2026.
+The softmax is in hopper_softmax.py.
+Source: Shah et al., "FlashAttention-3", 2024.
 """
 
 from functools import lru_cache
@@ -44,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minisgl.kernels.hopper import Address, async_load, barrier, reinterpret
+from minisgl.kernels.hopper_softmax import rescale, softmax_block, thread_sums
 from minisgl.kernels.launch import num_multiprocessors
 from minisgl.kernels.paged import LOG2_E
 
@@ -54,8 +54,6 @@ STAGES = {64: 4, 128: 2}  # buffers for K and for V, by head dim: 64 KB each; wi
 Q_BUFFERS = gl.constexpr(2)
 BUFFER_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 BOX_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
-MAX_GROWTH = gl.constexpr(8.0)  # of weights, as a power of 2
-SUMS = gl.constexpr(32)  # of a thread that are rescaled together
 
 
 class Ring(NamedTuple):
@@ -219,78 +217,6 @@ def _produce(
 
 
 @gluon.jit
-def _thread_sums(x):
-    """The sums of each thread's columns of a row of scores  # [rows, 4]; no thread waits for another."""
-    return gl.sum(gl.sum(x.reshape([x.shape[0], BLOCK_N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _hide_later(scores, keys, places):
-    """Scores of queries at `places` with `keys`, and -inf where the key is later. Of `gl.where` the compiler packs the
-    conditions into bits and unpacks them, which takes as many instructions again as the rest of the softmax."""
-    keys, places = gl.broadcast(keys[None, :], places[:, None])
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred sees; setp.le.s32 sees, $2, $3; selp.f32 $0, $1, 0fFF800000, sees; }",
-        "=f,f,r,r",
-        [scores, keys, places],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _softmax(scores, row_max, row_sum, scale_log2, places, keys, MASKED: gl.constexpr):
-    """One block of the online softmax: its weights, the new maximum, or an old one that is not far below it, the new
-    sum, and what the sums so far shrink by."""
-    if MASKED:
-        scores = _hide_later(scores, keys, places)
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
-    new_max = gl.where(new_max > row_max + MAX_GROWTH, new_max, row_max)
-    shift = new_max
-    if MASKED:  # a query may have seen no key yet: -inf - -inf is NaN
-        shift = gl.where(new_max == -float("inf"), 0.0, new_max)
-    weights = gl.exp2(scores * scale_log2 - shift[:, None])
-    rescale = gl.exp2(row_max - shift)
-    row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None]
-    return weights, new_max, row_sum + _thread_sums(weights), rescale
-
-
-def _rescale_asm() -> str:
-    """PTX that multiplies sums $0.. by the factors behind them, unless those are 1 in the whole warp. A thread has sums
-    of two rows, two of each in turn: the first and the third factor are all there are."""
-    sums = SUMS.value
-    return "\n".join(
-        [
-            "{ .reg .pred grew, any;",
-            f"setp.ne.f32 grew, ${2 * sums}, 0f3F800000;",
-            f"setp.ne.or.f32 grew, ${2 * sums + 2}, 0f3F800000, grew;",
-            "vote.sync.any.pred any, grew, 0xffffffff;",
-            "@!any bra DONE;",
-            *(f"mul.f32 ${i}, ${i}, ${2 * sums + i};" for i in range(sums)),
-            "DONE: }",
-        ]
-    )
-
-
-RESCALE_ASM = gl.constexpr(_rescale_asm())
-# Results, the sums in the same registers, factors.
-RESCALE_OPERANDS = gl.constexpr(
-    ",".join(["=f"] * SUMS.value + [str(i) for i in range(SUMS.value)] + ["f"] * SUMS.value)
-)
-
-
-@gluon.jit
-def _rescale(acc, factors):
-    """acc  # [rows, D] times factors  # [rows], which are 1 more often than not."""
-    factors = gl.convert_layout(factors, gl.SliceLayout(1, acc.type.layout))[:, None]
-    acc, factors = gl.broadcast(acc, factors)
-    return gl.inline_asm_elementwise(
-        RESCALE_ASM, RESCALE_OPERANDS, [acc, factors], dtype=gl.float32, is_pure=True, pack=SUMS
-    )
-
-
-@gluon.jit
 def _as_operand(weights, q, acc):
     """A block's weights as the matmul with its values reads them: of q's type, where `acc` has its rows."""
     return gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, acc.type.layout, 2))
@@ -315,12 +241,12 @@ def _attend_block(
     scores = warpgroup_mma_wait(1, [scores])
     _release(k_ring, turn)
     keys = (work.num_blocks - 1 - i) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, no_scores.type.layout))
-    next_weights, row_max, row_sum, rescale = _softmax(scores, row_max, row_sum, scale_log2, places, keys, MASKED)
+    next_weights, row_max, row_sum, factors = softmax_block(scores, row_max, row_sum, scale_log2, places, keys, MASKED)
     # This wait's branch keeps the assembler from hoisting the next one, for the values, above the softmax.
     _wait_full(k_ring, turn + 1, pred=i + 1 < work.num_blocks)
     acc = warpgroup_mma_wait(0, [acc])
     _release(v_ring, turn - 1)
-    return next_weights, _rescale(acc, rescale), row_max, row_sum
+    return next_weights, rescale(acc, factors), row_max, row_sum
 
 
 @gluon.jit
@@ -372,7 +298,7 @@ def _consume(
         work = _work(turn, index, HEADS)
         places = work.place + rows
         row_max = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, score_layout))
-        row_sum = _thread_sums(no_scores)
+        row_sum = thread_sums(no_scores)
         acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, acc_layout)
         q = q_ring.data.index(turn % Q_BUFFERS * 2 + GROUP)
 
@@ -384,7 +310,7 @@ def _consume(
         _release(k_ring, first_block)
         last_start = (work.num_blocks - 1) * BLOCK_N
         keys = last_start + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, score_layout))
-        weights, row_max, row_sum, _ = _softmax(scores, row_max, row_sum, scale_log2, places, keys, True)
+        weights, row_max, row_sum, _ = softmax_block(scores, row_max, row_sum, scale_log2, places, keys, True)
         if work.kv_len - last_start < BLOCK_N:
             _wait_full(v_ring, first_block)
             _zero_values(v_ring, first_block, work.kv_len - last_start)

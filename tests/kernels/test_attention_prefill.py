@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,21 @@ class Problem(NamedTuple):
         options = {"window": window} if window else {}
         kernel(*self[:7], tiles, scale=head_dim**-0.5, out=out, **options)
         return out
+
+    def part(self, begin: int, end: int, kv_len: int, sequence: int = 0) -> "Problem":
+        """Tokens begin..end-1, of one sequence, alone, when it has so many keys."""
+        return self._replace(
+            q=self.q[begin:end],
+            rows=self.rows[sequence : sequence + 1],
+            cu_seqlens=torch.tensor([0, end - begin], dtype=torch.int32, device=self.q.device),
+            kv_lens=torch.tensor([kv_len], dtype=torch.int32, device=self.q.device),
+        )
+
+    def alone(self) -> Iterator[tuple[slice, "Problem"]]:
+        """Each sequence by itself, and where its tokens are."""
+        ends, kv_lens = self.cu_seqlens.tolist(), self.kv_lens.tolist()
+        for sequence, (begin, end) in enumerate(pairwise(ends)):
+            yield slice(begin, end), self.part(begin, end, kv_lens[sequence], sequence)
 
     def expected(self, window: int = 0) -> torch.Tensor:
         """In float64, from the pages."""
@@ -139,15 +155,12 @@ def test_keys_before_the_window_are_never_read(device, dtype, assert_close, page
 
 @pytest.mark.usefixtures("ordered_dot")
 def test_a_prompt_in_chunks_is_the_whole_prompt(device, dtype):
-    """Bit for bit: a prompt's chunks depend on what else is in the steps that compute them."""
+    """Bit for bit, with the portable kernel: a prompt's chunks depend on what else is in the steps that compute them.
+    `test_chunks_do_not_change_a_bit` has both kernels."""
     problem = make_problem([150], [0], 2, 1, 64, 16, device, dtype)
     whole = problem.launch(kernel=attention_prefill_portable)
     for begin, end in ((0, 37), (37, 101), (101, 150)):
-        chunk = problem._replace(
-            q=problem.q[begin:end],
-            cu_seqlens=torch.tensor([0, end - begin], dtype=torch.int32, device=device),
-            kv_lens=torch.tensor([end], dtype=torch.int32, device=device),
-        )
+        chunk = problem.part(begin, end, kv_len=end)
         assert torch.equal(chunk.launch(kernel=attention_prefill_portable), whole[begin:end])
 
 
@@ -155,15 +168,8 @@ def test_a_sequence_does_not_depend_on_its_neighbours(device, dtype):
     query_lens = [70, 1, 33, 64]
     problem = make_problem(query_lens, [0, 90, 45, 7], 2, 1, 64, 16, device, dtype)
     together = problem.launch()
-    offsets = problem.cu_seqlens.tolist()
-    for s, query_len in enumerate(query_lens):
-        alone = problem._replace(
-            q=problem.q[offsets[s] : offsets[s + 1]],
-            rows=problem.rows[s : s + 1],
-            cu_seqlens=torch.tensor([0, query_len], dtype=torch.int32, device=device),
-            kv_lens=problem.kv_lens[s : s + 1],
-        )
-        assert torch.equal(alone.launch(), together[offsets[s] : offsets[s + 1]])
+    for tokens, alone in problem.alone():
+        assert torch.equal(alone.launch(), together[tokens])
 
 
 def test_tokens_of_no_sequence_are_not_written(device, dtype, assert_close):
@@ -385,15 +391,8 @@ def test_neighbours_do_not_change_a_bit(device, kernel, head_dim, page_size):
     cached_lens = rng.integers(0, 700, size=40).tolist()
     problem = make_problem(query_lens, cached_lens, 8, 4, head_dim, page_size, device, torch.bfloat16)
     together = problem.launch(kernel=kernel)
-    offsets = problem.cu_seqlens.tolist()
-    for s, query_len in enumerate(query_lens):
-        alone = problem._replace(
-            q=problem.q[offsets[s] : offsets[s + 1]],
-            rows=problem.rows[s : s + 1],
-            cu_seqlens=torch.tensor([0, query_len], dtype=torch.int32, device=device),
-            kv_lens=problem.kv_lens[s : s + 1],
-        )
-        assert torch.equal(alone.launch(kernel=kernel), together[offsets[s] : offsets[s + 1]])
+    for tokens, alone in problem.alone():
+        assert torch.equal(alone.launch(kernel=kernel), together[tokens])
 
 
 @pytest.mark.gpu
@@ -406,11 +405,7 @@ def test_chunks_do_not_change_a_bit(device, kernel, head_dim, page_size):
     problem = problem._replace(q=problem.q * 8)
     whole = problem.launch(kernel=kernel)
     for begin, end in zip([0, *ends], ends, strict=False):
-        chunk = problem._replace(
-            q=problem.q[begin:end],
-            cu_seqlens=torch.tensor([0, end - begin], dtype=torch.int32, device=device),
-            kv_lens=torch.tensor([end], dtype=torch.int32, device=device),
-        )
+        chunk = problem.part(begin, end, kv_len=end)
         assert torch.equal(chunk.launch(kernel=kernel), whole[begin:end])
 
 
