@@ -70,9 +70,8 @@ def load_heads(
     """What `rotate_heads` reads of heads that start at heads_ptr  # [BLOCK_HEADS]. Apart from it, so that the loads of
     several tensors can be sent for together.
 
-    table_row: where the position's cosines start, before its sines; of all heads, or [BLOCK_HEADS, 1], of each. Each
-    value is loaded twice, the second time as its partner in the other half, so that no value needs to cross from one
-    thread to another."""
+    table_row: where the position's cosines start, before its sines. Each value is loaded twice, the second time as its
+    partner in the other half, so that no value needs to cross from one thread to another."""
     HALF: tl.constexpr = HEAD_DIM // 2
     dims = tl.arange(0, BLOCK_D)
     in_first_half = dims < HALF
@@ -257,7 +256,7 @@ def rotary_store(
     if tokens == 0:
         return q
     block_d = next_power_of_2(head_dim)
-    # 1024 values a program: 16 a thread at 2 warps, two 16-byte loads of bf16.
+    # 1024 values a program, 8 a thread: one 16-byte load of bf16. With 16 a thread, 8,448 tokens take 9% longer.
     block_heads = max(1024 // block_d, 1)
     programs = cdiv(num_heads, block_heads) + cdiv(num_kv_heads, block_heads)
     _rotary_store_kernel[(tokens, programs)](
@@ -275,7 +274,7 @@ def rotary_store(
         BLOCK_HEADS=block_heads,
         HAS_Q_NORM=rotary.q_norm is not None,
         HAS_K_NORM=rotary.k_norm is not None,
-        num_warps=2,
+        num_warps=4,
         **dependent_launch(qkv.device),
     )
     return q
