@@ -9,6 +9,7 @@ Knows requests and their defaults. Does not know what runs when, or where.
 
 import os
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -84,9 +85,10 @@ class RequestMaker:
         assert max_len is not None
         if not len(prompt_ids):
             raise RequestError("the prompt has no tokens: give it at least one", "invalid_prompt")
-        try:
-            ids = np.asarray(prompt_ids)
-        except ValueError:  # nested lists of different lengths
+        try:  # numpy would look at each number twice, and an array of bytes takes them as memory
+            is_array = isinstance(prompt_ids, (np.ndarray, bytes, bytearray))
+            ids = np.asarray(prompt_ids if is_array else array("q", prompt_ids))
+        except (TypeError, OverflowError):
             ids = np.empty((0, 0))
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
@@ -102,10 +104,7 @@ class RequestMaker:
                 f"{remedy}",
                 "prompt_too_long",
             )
-        given = dict(vars(params))
-        if params.seed is None and self._default_params.seed is None:
-            given["seed"] = mix(self.config.seed, index)
-        full = self._default_params.merge(given)
+        full = params.over(self._default_params, seed=mix(self.config.seed, index))
         assert full.max_tokens is not None and full.min_tokens is not None
         if full.min_tokens > full.max_tokens:
             raise RequestError(f"min_tokens is {full.min_tokens}, above max_tokens, which is {full.max_tokens}")

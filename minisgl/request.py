@@ -5,6 +5,7 @@ Knows the life of one request on the host. Does not know tensors, scheduling pol
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +128,16 @@ class SamplingParams:
         if unknown:
             raise _wrong(f"unknown parameter {unknown[0]!r}; known ones: {', '.join(self.names())}")
         return replace(self, **{name: value for name, value in values.items() if value is not None})
+
+    def over(self, defaults: "SamplingParams", seed: int) -> "SamplingParams":
+        """These parameters, with those of `defaults` and then `seed` where they leave one open. All were checked when
+        they were made, and are not checked again: a job has many requests."""
+        filled = copy(self)
+        left_open = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
+        vars(filled).update(left_open)
+        if filled.seed is None:
+            vars(filled)["seed"] = seed
+        return filled
 
 
 def _wrong(message: str) -> RequestError:
