@@ -54,7 +54,12 @@ def graph_time_us(run: Callable[[], object]) -> float:
     """Median microseconds of a launch inside a CUDA graph of many, as decode runs it; data that fits stays in L2."""
     from triton.testing import do_bench_cudagraph
 
-    return float(do_bench_cudagraph(run, return_mode="median")) * 1e3
+    try:
+        return float(do_bench_cudagraph(run, return_mode="median")) * 1e3
+    except Exception:
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())  # a capture that fails keeps the generator to itself
+        raise
 
 
 @cache

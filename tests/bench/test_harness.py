@@ -42,6 +42,15 @@ def test_a_row_names_speed_share_and_origin(clock):
     json.dumps(row)
 
 
+@pytest.mark.gpu
+def test_a_capture_that_fails_leaves_the_rest_working():
+    x = torch.ones(8, device="cuda")
+    with pytest.raises(RuntimeError):
+        harness.graph_time_us(lambda: x.nonzero())  # the host waits for how many there are
+    assert torch.randn(4, device="cuda").isfinite().all()
+    assert harness.graph_time_us(lambda: x + 1) > 0
+
+
 def test_share_is_of_the_ceiling_that_bounds(clock):
     row = measure(case(bytes_moved=1000, flops=4_000_000_000), CPU)
     assert (row["tflops"], row["share"]) == (400.0, 0.8)
