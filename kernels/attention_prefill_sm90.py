@@ -5,8 +5,8 @@
 Legend: T packed tokens, S sequences, H query heads, K KV heads, D head dim, P pages, R rows, M pages of a row.
 The arguments and their checks are those of `attention_prefill`; here there is no window, D is 64 or 128, and elements
 have 2 bytes. Bound by matmul: 4 D flops for each (query, visible key). On an H200, 32/8 heads of 128, pages of 64
-(bench/results/kernels.jsonl): 461 TFLOP/s for 16 x 1024 new tokens, 556 for 4 x 4096, 611 for 1 x 16384; the portable
-kernel has 317, 412 and 460 there.
+(bench/results/kernels.jsonl): 455 TFLOP/s for 16 x 1024 new tokens, 552 for 4 x 4096, 606 for 1 x 16384; the portable
+kernel has 322, 417 and 465 there.
 
 A tile is 128 queries of one head. One producer warp copies Q, K and V to shared memory by TMA; two consumer groups of
 four warps have 64 queries each. A group issues the scores of block i together with the values of block i - 1, and does

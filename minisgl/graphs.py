@@ -8,6 +8,10 @@ captures nothing that is never used. There are two kinds.
 - Chunks of prompts, with decodes or without: the inputs are what `rows.pack` makes of the step in a room of fixed
   size. Such steps launch hundreds of kernels, which takes the host longer than the device up to some thousand tokens.
 
+A batch runs as one. In two halves on two streams, so that matmuls of one might run beside attention of the other, a
+step of Qwen3-0.6B took 1 to 7% longer on an H200 (64 to 256 rows), also with priorities, and with tiles of attention
+and of matmuls that leave room for each other.
+
 Ranks make the same graphs, or none of them does. All graphs share one memory pool, since they run one after another and
 what a step made is copied out before the next replay.
 
