@@ -90,7 +90,7 @@ class RequestMaker:
             ids = np.asarray(prompt_ids if is_array else array("q", prompt_ids))
         except (TypeError, OverflowError):
             ids = np.empty((0, 0))
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or isinstance(prompt_ids[0], bool):
             raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
         self._check_ids(ids, "")
         if target is not None:

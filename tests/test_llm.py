@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -293,7 +294,11 @@ def test_options_that_cannot_be_are_refused(tiny_model, options, words):
         LLM(tiny_model("qwen3"), **{"device": "cpu", **options})
 
 
-@pytest.mark.parametrize("prompt", [[1.5], [None], ["a"], [[1], [2, 3]], [True]])
+@pytest.mark.parametrize(
+    "prompt",
+    [[1.5], [None], ["a"], [[1], [2, 3]], [[1]], [True], [2**63], b"12345678", np.array([1.5]), np.array([[1]])],
+    ids=repr,
+)
 def test_prompts_of_wrong_types_are_error_results(tiny_model, prompt):
     with LLM(tiny_model("qwen3"), device="cpu", **SMALL) as llm:
         [wrong, right] = llm.generate([prompt, [1, 2]], GREEDY)
