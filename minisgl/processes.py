@@ -13,7 +13,6 @@ Torchrun's store holds this for each replica (`Meeting.join`), and another `job`
 Knows processes and signals of life. Does not know what they compute.
 """
 
-import gc
 import json
 import os
 import socket
@@ -236,13 +235,6 @@ def _at_once(connection: "Connection[bytes, bytes]") -> "Connection[bytes, bytes
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return connection
-
-
-def freeze_what_is_loaded() -> None:
-    """Let the garbage collector look only at what is made from now on: going through all modules again takes it 0.1 s,
-    in which nobody gets a token. For a process that serves until it ends."""
-    gc.collect()
-    gc.freeze()
 
 
 def when_the_first_rank_ends(action: Any) -> None:

@@ -22,7 +22,7 @@ from minisgl.core import Core, CoreStats, open_core
 from minisgl.errors import MinisglError, RequestError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
-from minisgl.processes import FAILED, freeze_what_is_loaded
+from minisgl.processes import FAILED
 from minisgl.request import Request, SamplingParams
 from minisgl.server import protocol
 from minisgl.server.protocol import Abort, Begin, CannotStart, Flush, Message, Ready, Refused, Stats, Submit, Tokens
@@ -186,7 +186,6 @@ def main(path: str) -> None:
         socket.close()
         socket.context.term()  # waits until it is sent
         return
-    freeze_what_is_loaded()
     config, capacity = core.config, core.stats().capacity
     assert config.max_len is not None
     send(

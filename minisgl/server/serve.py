@@ -20,7 +20,7 @@ import uvloop
 from minisgl.chat import ChatFormat
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
-from minisgl.processes import FAILED, freeze_what_is_loaded, is_of_torchrun
+from minisgl.processes import FAILED, is_of_torchrun
 from minisgl.server.answering import Answering
 from minisgl.server.app import create_app
 from minisgl.server.config import ServerConfig
@@ -129,7 +129,6 @@ async def _serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, drain)
-    freeze_what_is_loaded()
     if on_ready:
         on_ready(_url(config.host, listener), model, ready)
     ends_with_engine = is_of_torchrun()  # as the other ranks do
