@@ -9,6 +9,10 @@ keep it right:
 - A program lets the next kernel start only after its own wait. So a kernel that has started may read, before its wait,
   all that earlier kernels than the one just before it wrote: weights, and the lengths and pages of a step.
 
+Small kernels between matmuls do without the second rule (`start_next_kernel`): then the next kernel starts while the
+one before them still runs, which leaves it the time to ask for more of its weights. For what follows them, "the one
+just before" is all of them and the kernel before them: it may read ahead no more than weights and what a step prepared.
+
 Knows: NVIDIA GPUs from sm_90 have it. Elsewhere kernels follow each other as always, and the wait is nothing.
 """
 
@@ -26,6 +30,13 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
     """Wait for the end of the kernel before, then let the next one start."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def start_next_kernel(PDL: tl.constexpr):
+    """Let the next kernel start before this one has waited, which it still has to do."""
+    if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 

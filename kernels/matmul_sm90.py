@@ -18,7 +18,7 @@ with the tile's weights (wgmma). What it is made for:
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
-Where torch is faster (most widths above 64 rows), there is no tile. Tried without gain on an H200:
+Where torch is faster (most whole widths above 64 rows), there is no tile. Tried without gain on an H200:
 - copies shared by clusters of two, which Gluon can say from Triton 3.9 on;
 - weights asked for in L2 by pages of DRAM, ahead of the ring: two to three times as slow;
 - norms as part of these matmuls, as in `skinny_matmul`: a tile's last program adds its parts and the residual, and the
@@ -84,6 +84,7 @@ TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
         (WHOLE, 64, 4224): Tile(1, 64, 32, 0, 8),
         (WHOLE, 64, 6336): Tile(1, 64, 32, 16, 12),
         (WHOLE, 64, 8448): Tile(1, 64, 64, 0, 8),
+        (WHOLE, 128, 4224): Tile(2, 64, 32, 0, 8),
         (GATED, 64, 4224): Tile(1, 64, 64, 0, 8),
         (GATED, 64, 6336): Tile(1, 64, 64, 32, 8),
         (GATED, 64, 8448): Tile(1, 64, 128, 0, 8),

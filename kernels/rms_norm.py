@@ -15,8 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.dependent_launch import dependent_launch, wait_for_previous_kernel
+from minisgl.kernels.dependent_launch import dependent_launch, start_next_kernel, wait_for_previous_kernel
 from minisgl.kernels.launch import check_same, next_power_of_2, use_triton
+
+# Up to so many, the next kernel starts before the wait. Decode steps on an H200 gain 3% at 32 rows, 2% at 64 and up to
+# 1% at 128, and lose 0.4% at 256.
+EARLY_TOKENS = 128
 
 
 def rms_norm_reference(
@@ -49,7 +53,10 @@ def _rms_norm_kernel(
     PARTS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        start_next_kernel(PDL)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < HIDDEN
@@ -77,7 +84,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first. Instead of x its
     parts  # [S, T, D] fp32, contiguous, S > 1.
 
-    The kernel just before may write x, but not the rest, which is read ahead (see dependent_launch.py).
+    The kernel just before may write x, but not the rest, which is read ahead; and the one just behind may read ahead
+    no more than weights and what a step prepared (see dependent_launch.py).
     Returns y  # [T, D] in weight's dtype, which x without parts has too. Raises ValueError for a wrong shape, stride,
     dtype or device.
     """
@@ -105,6 +113,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     if tokens == 0:
         return y
     block = next_power_of_2(hidden)
+    launch = dependent_launch(x.device)
     _rms_norm_kernel[(tokens,)](
         x,
         weight,
@@ -120,6 +129,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
         PARTS=parts,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(max(block // 512, 1), 16),  # 16 elements a thread: one or two 16-byte loads
-        **dependent_launch(x.device),
+        EARLY=launch["PDL"] and tokens <= EARLY_TOKENS,
+        **launch,
     )
     return y

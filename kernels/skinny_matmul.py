@@ -15,14 +15,16 @@ out, that of the divided row. A float16 residual times a weight may overflow: th
 
 Where M changes the algorithm, and with it the order of the sum and the rounding:
 - M = 1: CUDA cores. A program multiplies a few rows of the weight with x, elementwise, and sums over K at its end.
-- M = 2..16: tensor cores. A program multiplies x, padded to 16 rows, with a few rows of the weight.
+- M = 2..16: tensor cores. A program multiplies x, padded to 16 rows, with a few rows of the weight. Each of its warps
+  has a share of every block of inputs, and at the end their sums are added: so few rows of a narrow weight, which give
+  every multiprocessor a program, still have warps enough to keep memory busy.
 - M = 17 and more, where there is a rule: the same in larger blocks.
 Between these borders a row of y is the same bit for bit whatever M is and whatever the other rows are: K is not split
 over programs, and a tile is chosen by N and K. Batch invariance ends at the borders.
 
 Launches are dependent (see dependent_launch.py): the first weights are asked for before the wait, x is read and y is
-written after it. **weight and bias are constants: no kernel that may still run may write them.** 112 dependent matmuls
-of a 0.6B model, M = 1, on an H200: 341 us so, 421 with plain launches, 851 with torch.
+written after it. The next kernel may start at once, and read ahead no more than weights and what a step prepared.
+**weight and bias are constants: no kernel that may still run may write them.**
 """
 
 from typing import NamedTuple
@@ -31,7 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
+from minisgl.kernels.dependent_launch import dependent_launch, start_next_kernel, wait_for_previous_kernel
 from minisgl.kernels.launch import architecture, cdiv, check, check_same, use_triton
 from minisgl.kernels.silu_mul import silu_mul_reference
 
@@ -43,10 +45,10 @@ class Tile(NamedTuple):
     """How a program goes over its part of the weight."""
 
     block_n: int  # rows of the weight
-    block_k: int  # inputs at a time
+    block_k: int  # inputs at a time; of M > 1 each warp multiplies its share of them
     num_warps: int
     num_stages: int  # blocks in flight; not for M = 1
-    preload: int  # blocks of inputs whose weights are loaded before the wait: M = 1 to registers, else to L2
+    preload: int  # blocks of inputs whose weights are loaded to registers before the wait
     block_m: int = 16  # rows of x; not for M = 1
 
 
@@ -73,10 +75,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(1, 16384, 8192, Tile(4, 1024, 4, 1, 3)),
         Rule(1, 65536, ANY, Tile(2, 1024, 1, 1, 3)),
         Rule(1, ANY, ANY, Tile(4, 1024, 2, 1, 3)),
-        Rule(16, 2048, ANY, Tile(32, 256, 4, 4, 0)),
-        Rule(16, 5120, ANY, Tile(16, 512, 2, 4, 0)),
-        Rule(16, 40960, ANY, Tile(16, 256, 2, 5, 0)),
-        Rule(16, ANY, ANY, Tile(64, 128, 4, 4, 0)),
+        Rule(16, 2048, ANY, Tile(8, 1024, 4, 1, 3)),
+        Rule(16, 6144, 1024, Tile(16, 512, 4, 1, 2)),
+        Rule(16, 4096, ANY, Tile(16, 512, 4, 3, 2)),
+        Rule(16, 6144, ANY, Tile(16, 512, 4, 3, 1)),
+        Rule(16, 8192, ANY, Tile(32, 128, 1, 5, 0)),
+        Rule(16, 65536, ANY, Tile(64, 128, 2, 4, 0)),
+        Rule(16, ANY, ANY, Tile(32, 128, 1, 5, 0)),
     ),
     "cpu": (Rule(1, ANY, ANY, Tile(8, 512, 4, 1, 2)), Rule(16, ANY, ANY, Tile(32, 128, 4, 1, 0))),
 }
@@ -232,6 +237,7 @@ def _gemv_kernel(
         preloaded += (_load_weight(row_ptr, block * BLOCK_K, K, BLOCK_K),)  # type: ignore[assignment]
         if GATED:
             preloaded_up += (_load_weight(up_ptr, block * BLOCK_K, K, BLOCK_K),)  # type: ignore[assignment]
+    start_next_kernel(PDL)
     wait_for_previous_kernel(PDL)
 
     row = tl.arange(0, 1)
@@ -259,13 +265,31 @@ def _gemv_kernel(
 
 
 @triton.jit
-def _prefetch_rows(row_ptr, inputs, BLOCK_K: tl.constexpr):
-    """Ask for the first `inputs` inputs of the rows at row_ptr  # [BLOCK_N] to be brought to the L2 cache."""
-    LINE: tl.constexpr = 128 * 8 // row_ptr.dtype.element_ty.primitive_bitwidth  # elements of a cache line
-    lines = tl.arange(0, BLOCK_K // LINE) * LINE
-    for start in range(0, inputs, BLOCK_K):
-        cols = tl.minimum(start + lines, inputs - 1)
-        prefetch(row_ptr[:, None] + cols[None, :])
+def _split_inputs(start, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """Inputs start..start + BLOCK_K as [SPLIT, 1, BLOCK_K / SPLIT]."""
+    PART: tl.constexpr = BLOCK_K // SPLIT
+    return start + tl.arange(0, SPLIT)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+
+
+@triton.jit
+def _split_weight(row_ptr, start, K, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """`_load_weight` as [SPLIT, BLOCK_N, BLOCK_K / SPLIT]."""
+    cols = _split_inputs(start, BLOCK_K, SPLIT)
+    return tl.load(row_ptr[None, :, None] + cols, mask=cols < K, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _split_rows(row_ptr, row_mask, start, K, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """The same inputs of the rows of x at row_ptr  # [BLOCK_M], as [SPLIT, BLOCK_M, BLOCK_K / SPLIT]; zeros past K and
+    M."""
+    cols = _split_inputs(start, BLOCK_K, SPLIT)
+    return tl.load(row_ptr[None, :, None] + cols, mask=row_mask[None, :, None] & (cols < K), other=0.0)
+
+
+@triton.jit
+def _add_product(acc, x, weight):
+    """acc  # [SPLIT, BLOCK_M, BLOCK_N] plus what each warp has of x times the weight."""
+    return tl.dot(x, tl.permute(weight, (0, 2, 1)), acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -292,6 +316,7 @@ def _mma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
     PRELOAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -300,28 +325,33 @@ def _mma_kernel(
     row_mask = rows < M
     row_ptr = _row_pointers(weight_ptr, outputs, N, weight_stride)
     up_ptr = row_ptr + tl.full([], N, tl.int64) * weight_stride
-    if PDL:
-        _prefetch_rows(row_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
+    preloaded = ()
+    preloaded_up = ()
+    for block in tl.static_range(PRELOAD):
+        preloaded += (_split_weight(row_ptr, block * BLOCK_K, K, BLOCK_K, SPLIT),)  # type: ignore[assignment]
         if GATED:
-            _prefetch_rows(up_ptr, tl.minimum(PRELOAD * BLOCK_K, K), BLOCK_K)
+            preloaded_up += (_split_weight(up_ptr, block * BLOCK_K, K, BLOCK_K, SPLIT),)  # type: ignore[assignment]
+    start_next_kernel(PDL)
     wait_for_previous_kernel(PDL)
 
     x_row_ptr = x_ptr + rows.to(tl.int64) * x_stride
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        cols = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_row_ptr[:, None] + cols[None, :], mask=row_mask[:, None] & (cols < K)[None, :], other=0.0)
-        weight = _load_weight(row_ptr, start, K, BLOCK_K)
-        acc = tl.dot(x, tl.trans(weight), acc, input_precision="ieee")
+    acc = tl.zeros([SPLIT, BLOCK_M, BLOCK_N], tl.float32)
+    up_acc = tl.zeros([SPLIT, BLOCK_M, BLOCK_N], tl.float32)
+    for block in tl.static_range(PRELOAD):
+        x = _split_rows(x_row_ptr, row_mask, block * BLOCK_K, K, BLOCK_K, SPLIT)
+        acc = _add_product(acc, x, preloaded[block])
         if GATED:
-            up_weight = _load_weight(up_ptr, start, K, BLOCK_K)
-            up_acc = tl.dot(x, tl.trans(up_weight), up_acc, input_precision="ieee")
+            up_acc = _add_product(up_acc, x, preloaded_up[block])
+    for start in range(PRELOAD * BLOCK_K, K, BLOCK_K):
+        x = _split_rows(x_row_ptr, row_mask, start, K, BLOCK_K, SPLIT)
+        acc = _add_product(acc, x, _split_weight(row_ptr, start, K, BLOCK_K, SPLIT))
+        if GATED:
+            up_acc = _add_product(up_acc, x, _split_weight(up_ptr, start, K, BLOCK_K, SPLIT))
     squares = tl.zeros([BLOCK_M, 1], tl.float32)
     if NORMED:  # here and not before the loop, whose loads should be sent for first
         squares = _load_squares(squares_in_ptr, rows, row_mask, PARTS)
     _finish(
-        acc, up_acc, squares, rows, row_mask, N, K, eps,
+        tl.sum(acc, 0), tl.sum(up_acc, 0), squares, rows, row_mask, N, K, eps,
         bias_ptr, y_ptr, norm_ptr, residual_ptr, squares_out_ptr, HAS_BIAS, NORMED, GATED, ADDS, BLOCK_N,
     )  # fmt: skip
 
@@ -366,6 +396,7 @@ def _launch(
         "PARTS": stream_in.squares.shape[1] if stream_in is not None else 1,
         "BLOCK_N": block_n,
         "BLOCK_K": tile.block_k,
+        "PRELOAD": min(tile.preload, cdiv(inputs, tile.block_k)),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **dependent_launch(x.device),
@@ -378,10 +409,9 @@ def _launch(
     )  # fmt: skip
     eps = stream_in.eps if stream_in is not None else 0.0
     if rows == 1:
-        options["PRELOAD"] = min(tile.preload, cdiv(inputs, tile.block_k))
         _gemv_kernel[(blocks,)](*pointers, outputs, inputs, weight.stride(0), eps, **options)
     else:
-        options |= {"PRELOAD": tile.preload, "BLOCK_M": tile.block_m}
+        options |= {"BLOCK_M": tile.block_m, "SPLIT": tile.num_warps}
         sizes = rows, outputs, inputs, x.stride(0), weight.stride(0), eps
         _mma_kernel[(blocks, cdiv(rows, tile.block_m))](*pointers, *sizes, **options)
     return y, squares
