@@ -56,7 +56,7 @@ def _measure(engine: BenchEngine, model: str, name: str, work: Workload, repeats
     for _ in range(warmups):
         engine.run(work)
     outcomes = [engine.run(work) for _ in range(repeats)]
-    seconds = [outcome.seconds for outcome in outcomes]
+    seconds = [round(outcome.seconds, 6) for outcome in outcomes]  # before the rates: they follow from what is written
     median, output_tokens = statistics.median(seconds), outcomes[-1].output_tokens
     return {
         "bench": "throughput",
@@ -65,8 +65,8 @@ def _measure(engine: BenchEngine, model: str, name: str, work: Workload, repeats
         "workload": name,
         "output_tokens_per_s": round(output_tokens / median, 1),
         "input_tokens_per_s": round(work.num_prompt_tokens / median, 1),
-        "seconds": round(median, 4),
-        "seconds_all": [round(value, 4) for value in seconds],
+        "seconds": median,
+        "seconds_all": seconds,
         "prompt_tokens": work.num_prompt_tokens,
         "output_tokens": output_tokens,
         "cached_tokens": outcomes[-1].cached_tokens,

@@ -85,12 +85,8 @@ class RequestMaker:
         assert max_len is not None
         if not len(prompt_ids):
             raise RequestError("the prompt has no tokens: give it at least one", "invalid_prompt")
-        try:  # numpy would look at each number twice, and an array of bytes takes them as memory
-            is_array = isinstance(prompt_ids, (np.ndarray, bytes, bytearray))
-            ids = np.asarray(prompt_ids if is_array else array("q", prompt_ids))
-        except (TypeError, OverflowError):
-            ids = np.empty((0, 0))
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or isinstance(prompt_ids[0], bool):
+        ids = _array_of(prompt_ids)
+        if ids is None:
             raise RequestError("a prompt must be a string or a list of integers below 2^63", "invalid_prompt")
         self._check_ids(ids, "")
         if target is not None:
@@ -140,6 +136,18 @@ class RequestMaker:
                 raise RequestError(
                     f"{place}token id {extreme} is outside the vocabulary of {vocab_size:,} ids", "invalid_token_id"
                 )
+
+
+def _array_of(prompt_ids: Sequence[int]) -> npt.NDArray[np.integer] | None:
+    """Token ids  # [n] of any integer type; None where they are something else. There is at least one."""
+    if isinstance(prompt_ids[0], bool):
+        return None
+    try:  # numpy would look at each number twice, and an array of bytes takes them as memory
+        is_array = isinstance(prompt_ids, (np.ndarray, bytes, bytearray))
+        ids = np.asarray(prompt_ids if is_array else array("q", prompt_ids))
+    except (TypeError, OverflowError):
+        return None
+    return ids if ids.ndim == 1 and ids.dtype.kind in "iu" else None
 
 
 class Core(RequestMaker, ABC):

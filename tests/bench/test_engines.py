@@ -102,6 +102,9 @@ def test_the_same_work_through_transformers(prompts: Path) -> None:
         assert ours[what] == theirs[what]
     assert theirs["attention"] == "sdpa" and theirs["engine_version"]
     assert throughput.ratio(ours, theirs) == theirs["seconds"] / ours["seconds"]
+    for row in (ours, theirs):  # of one run, the median is also the least and the most
+        rate = f"{row['output_tokens_per_s']:,.1f}"
+        assert f"{rate}  ({rate} .. {rate})" in throughput.table(row)
 
     ours, theirs = latency.run(MODEL, batch=2, input_len=9, output_len=3, **options)
     for figures in (theirs[metric] for metric in latency.METRICS):
