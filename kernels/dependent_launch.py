@@ -9,9 +9,10 @@ keep it right:
 - A program lets the next kernel start only after its own wait. So a kernel that has started may read, before its wait,
   all that earlier kernels than the one just before it wrote: weights, and the lengths and pages of a step.
 
-Small kernels between matmuls do without the second rule (`start_next_kernel`): then the next kernel starts while the
-one before them still runs, which leaves it the time to ask for more of its weights. For what follows them, "the one
-just before" is all of them and the kernel before them: it may read ahead no more than weights and what a step prepared.
+Norms of few rows and matmuls of few do without the second rule (`start_next_kernel`): the next kernel starts while the
+one before them still runs, which leaves it more time to ask for its weights. For it "the one just before" is all of
+these and the kernel before them: it may read ahead no more than weights and what a step prepared. Where splits are
+combined, or sampling follows its summaries, steps are no shorter so on an H200, or longer.
 
 Knows: NVIDIA GPUs from sm_90 have it. Elsewhere kernels follow each other as always, and the wait is nothing.
 """
