@@ -84,6 +84,8 @@ def closing_table(job: Job, summary: Summary) -> str:
     lines.append(f"results  {job.output.target}")
     if not job.output.num_rows:
         lines.append("The input has no rows.")
+    elif missing := sorted(job.parser.missing_columns):
+        lines.append(f"No row has {', '.join(map(repr, missing))}, which --columns names.")
     if summary.num_errors:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.errors.most_common())
         lines.append(f"{summary.num_errors:,} of {summary.rows:,} rows failed: {kinds}. First: {summary.first_error}")

@@ -94,6 +94,7 @@ class RowParser:
             raise MinisglError("give --prompt-column or --template, not both")
         self.defaults, self.n, self.chat, self.system = defaults, n, chat, system
         self.prompt_column, self.template, self.columns = prompt_column, template, columns
+        self.missing_columns = set(columns or ())  # that no row has had so far
         self.template_kwargs = template_kwargs or {}
         self.hash_key = hash_key
 
@@ -179,7 +180,9 @@ class RowParser:
 
     def _carry(self, values: dict[str, Any], used: set[str]) -> dict[str, Any]:
         if self.columns is not None:
-            return {name: values[name] for name in self.columns if name in values}
+            carried = {name: values[name] for name in self.columns if name in values}
+            self.missing_columns.difference_update(carried)
+            return carried
         return {name: value for name, value in values.items() if name not in used and name != "id"}
 
     def _check_keys(self, values: dict[str, Any]) -> None:

@@ -103,6 +103,13 @@ def test_columns_that_are_carried_over() -> None:
     assert good({"prompt": "x", "temprature": 1}, columns=["temprature"]).head.columns == {"temprature": 1}
 
 
+def test_columns_that_no_row_has() -> None:
+    parser = RowParser(FLAGS, columns=["city", "town"])
+    for value in (b'{"prompt": "x", "city": 1}', b'{"prompt": "y"}'):
+        parser.parse(Record(0, "row 1", value))
+    assert parser.missing_columns == {"town"}
+
+
 def test_names_of_the_output_are_left_to_it() -> None:
     """Those of a table's columns too, and none replaces another."""
     columns = {"text": 1, "input_text": 2, "input_input_text": 3, "error_type": None, "cached_tokens": 5, "city": 6}

@@ -132,6 +132,13 @@ def test_some_rows_fail(invoke: Invoke) -> None:
     assert [row["finish_reason"] for row in read_rows("in.results.jsonl")] == ["stop", "error", "error"]
 
 
+def test_columns_that_no_row_has_are_named(invoke: Invoke) -> None:
+    Path("in.jsonl").write_text('{"prompt": "x", "city": "Oslo"}\n{"prompt": "y"}\n')
+    done = invoke("run", "in.jsonl", "--columns", "city,town")
+    assert done.exit_code == 0 and "No row has 'town', which --columns names." in done.stderr
+    assert "which --columns names" not in invoke("run", "in.jsonl", "--columns", "city", "--fresh").stderr
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n \n", b"\xef\xbb\xbf"])
 def test_an_input_without_rows(invoke: Invoke, content: bytes) -> None:
     Path("in.jsonl").write_bytes(content)
