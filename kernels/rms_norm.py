@@ -55,8 +55,7 @@ def _rms_norm_kernel(
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        start_next_kernel(PDL)
+    start_next_kernel(EARLY)
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < HIDDEN
