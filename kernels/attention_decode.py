@@ -47,8 +47,11 @@ from minisgl.kernels.rotary import Rotary, check_rotary, load_heads, rotary_stor
 # first, 48 sequences of 1,384 keys take 74.7 us instead of 72.4, 80 of 1,274 100.4 instead of 107.9, 256 of 635 156.4
 # instead of 189.8. Just above 64 sequences of 8 KV heads, to which graphs pad as few as 33.
 MANY = 520
-PREFETCH_KEYS = tl.constexpr(256)
-PREFETCH_PROGRAMS = 1  # a multiprocessor: above, memory is busy without (16 x 560 loses 5%)
+# Keys that a program asks for before it waits. With rotary inside, where no multiprocessor has two programs: of more,
+# 16 x 560 take 5% longer. Else the programs that run first ask for few, while rotary ends: a decode step of Qwen3-0.6B
+# is 0.1 to 0.5% shorter so on an H200 (32 to 256 rows), and up to 0.7% longer where they ask for 128 keys.
+PREFETCH_ALONE, PREFETCH_FIRST = 256, 32
+FIRST_PROGRAMS = 2  # of a multiprocessor: so many run at once
 
 
 def many_sequences(kv_heads: int) -> int:
@@ -103,10 +106,11 @@ def _prefetch_keys(
     SLOT_STRIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    MOST: tl.constexpr,
 ):
-    """Ask for the keys and values of a split, or of its first PREFETCH_KEYS, to be brought to the L2 cache."""
+    """Ask for the keys and values of a split, or of its first MOST, to be brought to the L2 cache."""
     LINE: tl.constexpr = 128 * 8 // k_ptr.dtype.element_ty.primitive_bitwidth  # elements of a cache line
-    keys = begin + tl.arange(0, PREFETCH_KEYS)
+    keys = begin + tl.arange(0, MOST)
     readable = (keys >= first_key) & (keys < end)
     pages = tl.load(table_row + keys // PAGE_SIZE, mask=readable, other=0).to(tl.int64)
     lines = tl.minimum(tl.arange(0, triton.next_power_of_2(triton.cdiv(HEAD_DIM, LINE))) * LINE, HEAD_DIM - 1)
@@ -157,7 +161,8 @@ def _attention_decode_kernel(
     HAS_K_NORM: tl.constexpr,
     HAS_SHARED: tl.constexpr,  # the first shared_splits of a sequence are computed by `attention_cascade`
     IS_MANY: tl.constexpr,  # of sequences: a program reads a part of `parts_of` and not a split; not with HAS_SHARED
-    PREFETCH: tl.constexpr,
+    PREFETCH: tl.constexpr,  # keys that each of the first PREFETCHING programs asks for ahead; 0: none
+    PREFETCHING: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
@@ -179,8 +184,10 @@ def _attention_decode_kernel(
         shared_splits = tl.load(shared_splits_ptr + sequence)
         end = tl.where(part < shared_splits, begin, end)  # nothing to read here
     SLOT_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    if PREFETCH:
-        _prefetch_keys(k_ptr, v_ptr, table_row, begin, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM)
+    if PREFETCH > 0:
+        place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if place < PREFETCHING:
+            _prefetch_keys(k_ptr, v_ptr, table_row, begin, first_key, end, SLOT_STRIDE, PAGE_SIZE, HEAD_DIM, PREFETCH)
     next_page = load_page_ids(table_row, begin, end, PAGE_SIZE, BLOCK_N)
     wait_for_previous_kernel(PDL)
     if (part >= tl.maximum(num_parts, 1)) | (part < shared_splits):  # the first of an empty (padded) row writes zeros
@@ -377,7 +384,10 @@ def _launch(
     if cascade is not None:
         attention_cascade(*inputs, cascade, partial, logsumexp, scale=scale)
     launch = dependent_launch(q.device)
-    programs = max_parts * kv_heads * batch
+    processors, programs = num_multiprocessors(q.device), max_parts * kv_heads * batch
+    prefetch = 0
+    if launch["PDL"] and cascade is None:
+        prefetch = PREFETCH_FIRST if rotary is None else PREFETCH_ALONE if programs <= processors else 0
     _attention_decode_kernel[(max_parts * kv_heads, batch)](
         *inputs,
         partial,
@@ -402,7 +412,8 @@ def _launch(
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
         HAS_SHARED=cascade is not None,
         IS_MANY=many,
-        PREFETCH=rotary is not None and launch["PDL"] and programs <= PREFETCH_PROGRAMS * num_multiprocessors(q.device),
+        PREFETCH=prefetch,
+        PREFETCHING=FIRST_PROGRAMS * processors,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch,

@@ -40,6 +40,7 @@ from minisgl.kernels.vocab_blocks import (
 )
 
 TILE = Tile()
+DRAWN_BLOCKS = 512  # at a time: with all at once the kernel's code, which every step fetches anew, is a quarter longer
 # Read one value at a time, and possibly slices of any alignment: they must not compile a kernel each.
 NARROW_POINTERS = ["rows_ptr", "positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr"]
 
@@ -97,6 +98,26 @@ def sample_reference(
     return out.where(some | ~real, -1)
 
 
+@triton.jit
+def _draw_block(
+    largest_ptr, mass_ptr, largest, temperature, seed, position, SHAPE: tl.constexpr, DRAWN_BLOCKS: tl.constexpr
+):
+    """The block that the summaries at largest_ptr and mass_ptr  # [B] give, without filters."""
+    lanes = tl.arange(0, DRAWN_BLOCKS)
+    best = tl.full([DRAWN_BLOCKS], float("-inf"), tl.float32)
+    block = lanes
+    for start in range(0, SHAPE.blocks, DRAWN_BLOCKS):
+        blocks = start + lanes
+        mask = blocks < SHAPE.blocks
+        weight = (tl.load(largest_ptr + blocks, mask=mask, other=float("-inf")) - largest) / temperature
+        weight += tl.log(tl.load(mass_ptr + blocks, mask=mask, other=0.0))
+        score = weight + gumbel(seed, position, blocks, streams.BLOCKS)
+        block = tl.where(score > best, blocks, block)
+        best = tl.maximum(best, score)
+    _, block = first_best(best, block)
+    return block
+
+
 @triton.jit(do_not_specialize=[*NARROW_POINTERS, "tokens_ptr"])
 def _sample_rows_kernel(
     logits_ptr,
@@ -116,6 +137,7 @@ def _sample_rows_kernel(
     tokens_stride,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
+    DRAWN_BLOCKS: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
 ):
     """Choose a block, by the summaries or among the kept tokens, and then a token of it."""
@@ -140,8 +162,8 @@ def _sample_rows_kernel(
     if greedy:
         _, block = first_best(block_largest, blocks)
     else:
-        block_mass = tl.load(mass_ptr + of_blocks, mask=blocks < SHAPE.blocks, other=0.0)
         if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
+            block_mass = tl.load(mass_ptr + of_blocks, mask=blocks < SHAPE.blocks, other=0.0)
             block, cutoff = draw_kept_block(
                 logits_row,
                 list_ptr + sample * SHAPE.blocks,
@@ -158,8 +180,10 @@ def _sample_rows_kernel(
                 TILE,
             )
         else:
-            scores = (block_largest - largest) / temperature + tl.log(block_mass)
-            _, block = first_best(scores + gumbel(seed, position, blocks, streams.BLOCKS), blocks)
+            of_sample = sample * SHAPE.blocks
+            block = _draw_block(
+                largest_ptr + of_sample, mass_ptr + of_sample, largest, temperature, seed, position, SHAPE, DRAWN_BLOCKS
+            )
 
     block = tl.minimum(block, SHAPE.blocks - 1)  # of a row of -inf alone, which has no best block
     x, ids = load_blocks(logits_row, block + tl.zeros((1,), tl.int32), SHAPE)
@@ -247,6 +271,7 @@ def sample(
         tokens.stride(0) if tokens is not None else 0,
         SHAPE=shape,
         TILE=TILE,
+        DRAWN_BLOCKS=DRAWN_BLOCKS,
         HAS_TOKENS=tokens is not None,
         num_warps=TILE.num_warps,
     )

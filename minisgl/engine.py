@@ -29,6 +29,7 @@ from minisgl.kernels.attention_decode import many_sequences
 from minisgl.kernels.compile_ahead import compile_ahead
 from minisgl.kernels.launch import use_device, use_triton
 from minisgl.kernels.logits import edit_logits
+from minisgl.kernels.rms_norm import early_tokens
 from minisgl.layers.ops import FASTEST, INVARIANT
 from minisgl.models.config import ModelConfig
 from minisgl.models.decoder import Decoder
@@ -333,7 +334,8 @@ class Engine:
             packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
             for bound in (1, max_len):  # no tile is used where a sequence has one split
                 self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)
-        for border in self.model.ops.linear_borders(self.dtype, self.device):
+        borders = self.model.ops.linear_borders(self.dtype, self.device)
+        for border in sorted({*borders, early_tokens(self.model_config.hidden_size)}):
             if border < config.max_step_tokens:
                 self.model.run_matmuls(border + 1)
         self._run(decodes(1, 1), kv, EVERYTHING, max_len)

@@ -60,8 +60,8 @@ class Problem(NamedTuple):
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=0,
             BLOCK_G=module._block_rows(heads, kv_heads), BLOCK_N=tile.block_n,
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=False, HAS_Q_NORM=False, HAS_K_NORM=False,
-            HAS_SHARED=False, IS_MANY=False, PREFETCH=False, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **dependent_launch(self.q.device),
+            HAS_SHARED=False, IS_MANY=False, PREFETCH=0, PREFETCHING=0,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(self.q.device),
         )  # fmt: skip
         return workspace
 

@@ -1,6 +1,6 @@
 import torch
 
-from minisgl.kernels.rms_norm import EARLY_TOKENS, rms_norm
+from minisgl.kernels.rms_norm import early_tokens, rms_norm
 
 
 def launch() -> None:
@@ -10,5 +10,5 @@ def launch() -> None:
             rms_norm(x, weight, 1e-6)
             rms_norm(x, weight, 1e-6, torch.empty_like(x))
             rms_norm(torch.empty(8, 4, hidden), weight, 1e-6, torch.empty_like(x))
-    x = torch.empty(EARLY_TOKENS + 1, 1024, dtype=torch.bfloat16)
+    x = torch.empty(early_tokens(1024) + 1, 1024, dtype=torch.bfloat16)
     rms_norm(x, x[0], 1e-6, torch.empty_like(x))
