@@ -126,7 +126,7 @@ TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
         (PARTS, 192, 1056): Tile(1, 64, 64, 0, 10),
         (PARTS, 192, 2112): Tile(1, 64, 64, 32, 9),
         (PARTS, 192, 4224): Tile(3, 64, 64, 0, 6),
-        (PARTS, 256, 1056): Tile(1, 64, 64, 0, 8),
+        (PARTS, 256, 1024): Tile(1, 64, 64, 0, 8),
         (PARTS, 256, 2112): Tile(2, 64, 64, 0, 8),
         (PARTS, 256, 4224): Tile(2, 64, 128, 0, 6),
     }
