@@ -17,7 +17,7 @@ with the tile's weights (wgmma). What it is made for:
   one tile of 128 and one of 64. So most bounds of TILES are the 132 multiprocessors of an H200 times a width.
 - A tile of a narrow weight takes 64 rows of x and more of the weight, which other programs read too: what a program
   reads of both is less so, and less of it has to wait for the kernel before. With 129 to 192 rows, a step of Qwen3-0.6B
-  is 2.4% shorter.
+  is 1.2% shorter, and 2.4% with norms that let it start early.
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
