@@ -40,7 +40,8 @@ from minisgl.kernels.vocab_blocks import (
 )
 
 TILE = Tile()
-DRAWN_BLOCKS = 512  # at a time: with all at once the kernel's code, which every step fetches anew, is a quarter longer
+# Blocks at a time: with all at once the kernel's code, which every step fetches anew, is a quarter longer.
+DRAWN_BLOCKS = tl.constexpr(512)
 # Read one value at a time, and possibly slices of any alignment: they must not compile a kernel each.
 NARROW_POINTERS = ["rows_ptr", "positions_ptr", "temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "seed_ptr"]
 
@@ -99,9 +100,7 @@ def sample_reference(
 
 
 @triton.jit
-def _draw_block(
-    largest_ptr, mass_ptr, largest, temperature, seed, position, SHAPE: tl.constexpr, DRAWN_BLOCKS: tl.constexpr
-):
+def _draw_block(largest_ptr, mass_ptr, largest, temperature, seed, position, SHAPE: tl.constexpr):
     """The block that the summaries at largest_ptr and mass_ptr  # [B] give, without filters."""
     lanes = tl.arange(0, DRAWN_BLOCKS)
     best = tl.full([DRAWN_BLOCKS], float("-inf"), tl.float32)
@@ -137,7 +136,6 @@ def _sample_rows_kernel(
     tokens_stride,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
-    DRAWN_BLOCKS: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
 ):
     """Choose a block, by the summaries or among the kept tokens, and then a token of it."""
@@ -182,7 +180,7 @@ def _sample_rows_kernel(
         else:
             of_sample = sample * SHAPE.blocks
             block = _draw_block(
-                largest_ptr + of_sample, mass_ptr + of_sample, largest, temperature, seed, position, SHAPE, DRAWN_BLOCKS
+                largest_ptr + of_sample, mass_ptr + of_sample, largest, temperature, seed, position, SHAPE
             )
 
     block = tl.minimum(block, SHAPE.blocks - 1)  # of a row of -inf alone, which has no best block
@@ -271,7 +269,6 @@ def sample(
         tokens.stride(0) if tokens is not None else 0,
         SHAPE=shape,
         TILE=TILE,
-        DRAWN_BLOCKS=DRAWN_BLOCKS,
         HAS_TOKENS=tokens is not None,
         num_warps=TILE.num_warps,
     )
