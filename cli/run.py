@@ -26,6 +26,7 @@ from minisgl.cli.options import (
 from minisgl.cli.progress import MODES, Progress, closing_table, write_report
 from minisgl.cli.stopping import StopSignals
 from minisgl.errors import MinisglError
+from minisgl.processes import started
 
 EXAMPLES = """\b
 INPUT is a file (.jsonl .json .csv .parquet .txt, also .gz .zst), several of
@@ -158,7 +159,12 @@ def answer(job: Job, progress: str, report: Path | None = None) -> Summary:
     """Answer the rows that are left; when that does not come to its end, say how far it came and exit."""
     if job.options.model is None:
         click.echo("No model given: using the demo model that ships with minisgl (-m names another).", err=True)
-    with job.load() as llm, StopSignals() as signals, Progress(progress, job.count(), job.num_done) as shown:
+    with (
+        job.load() as llm,
+        started(),
+        StopSignals() as signals,
+        Progress(progress, job.count(), job.num_done) as shown,
+    ):
 
         def should_stop() -> bool:
             if signals.signum:

@@ -27,7 +27,7 @@ from minisgl.engine_core import EngineCore
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
 from minisgl.plan import pack, unpack
-from minisgl.processes import FAILED, OF_REPLICA, Meeting, connect, is_of_torchrun
+from minisgl.processes import FAILED, OF_REPLICA, Meeting, connect, is_of_torchrun, started
 from minisgl.replica_messages import pack_ids, pack_progress, unpack_requests
 from minisgl.request import Request
 from minisgl.resolve import resolve_device
@@ -64,19 +64,24 @@ class ReplicaProcess:
         core.engine.on_hang(lambda failure: self._send(pack({"failed": failure})))
         core.while_waiting = lambda: self._take_in(core)
         self._send(pack({"ready": vars(core.config)}))
-        while self._receive(core):
-            progressed = core.step() if core.num_unfinished else []
-            found = [
-                (request.index, request, self._num_sent[request.index])
-                for request in progressed
-                if request.index in self._requests  # not aborted since it got its tokens
-            ]
-            self._send(pack_progress(found, core.stats()))
-            for id, request, _ in found:
-                self._num_sent[id] = request.num_output
-                if request.finish_reason:
-                    self._forget(id)
+        with started():
+            while self._receive(core):
+                self._step(core)
         core.close()
+
+    def _step(self, core: EngineCore) -> None:
+        """A step, if there is something to do, and what came of it; in any case how the engine stands."""
+        progressed = core.step() if core.num_unfinished else []
+        found = [
+            (request.index, request, self._num_sent[request.index])
+            for request in progressed
+            if request.index in self._requests  # not aborted since it got its tokens
+        ]
+        self._send(pack_progress(found, core.stats()))
+        for id, request, _ in found:
+            self._num_sent[id] = request.num_output
+            if request.finish_reason:
+                self._forget(id)
 
     def _load(self, job: dict[str, Any]) -> EngineCore:
         folder, config = Path(job["folder"]), EngineConfig(**job["config"])

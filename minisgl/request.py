@@ -5,7 +5,6 @@ Knows the life of one request on the host. Does not know tensors, scheduling pol
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -132,9 +131,9 @@ class SamplingParams:
     def over(self, defaults: "SamplingParams", seed: int) -> "SamplingParams":
         """These parameters, with those of `defaults` and then `seed` where they leave one open. All were checked when
         they were made, and are not checked again: a job has many requests."""
-        filled = copy(self)
-        left_open = {name: value for name, value in vars(defaults).items() if getattr(self, name) is None}
-        vars(filled).update(left_open)
+        filled = object.__new__(type(self))
+        own = {name: value for name, value in vars(self).items() if value is not None}
+        vars(filled).update(vars(defaults) | own)
         if filled.seed is None:
             vars(filled)["seed"] = seed
         return filled

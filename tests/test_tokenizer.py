@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 from minisgl.errors import MinisglError, RequestError
 from minisgl.tokenizer import Tokenizer
@@ -52,6 +53,24 @@ def test_a_prompt_gets_the_models_special_tokens(tmp_path):
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.encode("a")[0] == bos
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}])[0] != bos
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_ids_are_those_of_transformers(tmp_path, splits):
+    """Whatever the files say of lengths, which are not the tokenizer's to choose, and of special tokens in a text."""
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": 16}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    raw["padding"] = {**pad, "pad_to_multiple_of": None}
+    path.write_text(json.dumps(raw))
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": splits}))
+    texts = ["the cat sat on the mat", "a", "behind <|im_end|> it"]
+    ids = Tokenizer(tmp_path).encode_batch(texts)
+    assert ids == AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
+    assert len(ids[0]) > 4 and len(ids[1]) == 1 and (EOS_ID in ids[2]) != splits
 
 
 def test_chat_template(tokenizer):

@@ -22,7 +22,7 @@ from minisgl.core import Core, CoreStats, open_core
 from minisgl.errors import MinisglError, RequestError
 from minisgl.models.config import ModelConfig
 from minisgl.models.generation import generation_defaults
-from minisgl.processes import FAILED
+from minisgl.processes import FAILED, started
 from minisgl.request import Request, SamplingParams
 from minisgl.server import protocol
 from minisgl.server.protocol import Abort, Begin, CannotStart, Flush, Message, Ready, Refused, Stats, Submit, Tokens
@@ -201,7 +201,8 @@ def main(path: str) -> None:
         ),
     )
     try:
-        EngineProcess(socket, core, Path(begin.folder)).run(ending)
+        with started():
+            EngineProcess(socket, core, Path(begin.folder)).run(ending)
     except MinisglError as error:
         log.error("Error: %s", error)
         os._exit(FAILED)

@@ -20,7 +20,7 @@ import uvloop
 from minisgl.chat import ChatFormat
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
-from minisgl.processes import FAILED, is_of_torchrun
+from minisgl.processes import FAILED, is_of_torchrun, started
 from minisgl.server.answering import Answering
 from minisgl.server.app import create_app
 from minisgl.server.config import ServerConfig
@@ -139,7 +139,8 @@ async def _serve(
 
     giving_up = asyncio.create_task(engine.given_up.wait())
     giving_up.add_done_callback(give_up)
-    await server.serve([listener])
+    with started():
+        await server.serve([listener])
     giving_up.remove_done_callback(give_up)
     giving_up.cancel()
     if engine.given_up.is_set() and ends_with_engine:
