@@ -1,5 +1,7 @@
 """`minisgl`: the command line. Commands import torch only when they run, so that help is immediate."""
 
+import sys
+
 import click
 
 import minisgl
@@ -8,6 +10,7 @@ from minisgl.cli.chat import chat
 from minisgl.cli.eval import evaluate
 from minisgl.cli.info import info
 from minisgl.cli.merge import merge
+from minisgl.cli.messages import lossy
 from minisgl.cli.run import run
 from minisgl.cli.serve import serve
 
@@ -27,6 +30,7 @@ Examples:
 @click.version_option(minisgl.__version__, prog_name="minisgl")
 def main() -> None:
     """Run large language models fast, with every kernel written in Triton."""
+    sys.stderr = lossy(sys.stderr)
 
 
 for command in (run, serve, chat, merge, evaluate, info, bench):

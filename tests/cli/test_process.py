@@ -55,7 +55,7 @@ def many_prompts(tmp_path: Path) -> Path:
 
 def start(*args: object, env: dict[str, str], **streams: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *map(str, args)]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, **streams)
+    return subprocess.Popen(command, env=env, **{"stderr": subprocess.PIPE, **streams})
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -99,6 +99,19 @@ def test_a_reader_that_goes_away(many_prompts: Path, environment: dict[str, str]
     assert process.stderr
     last = process.stderr.read().splitlines()[-1]
     assert last.startswith(b"Error: stopped: cannot write stdout: Broken pipe"), last
+
+
+def test_messages_that_nobody_can_read(many_prompts: Path, environment: dict[str, str]) -> None:
+    """The log's disk is full, or its reader has left: the job goes on."""
+    lines, few = many_prompts.read_text().splitlines(keepends=True), many_prompts.with_name("few.jsonl")
+    few.write_text("".join(lines[:50]))
+    reading, unread = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "wb") as full, open(unread, "wb") as unread_file:
+        for name, stderr in (("full", full), ("unread", unread_file)):
+            results = few.with_name(f"{name}.jsonl")
+            assert start("run", few, "-o", results, env=environment, stderr=stderr.fileno()).wait(60) == 0
+            assert len(results.read_bytes().splitlines()) == 50
 
 
 def test_stdin_that_is_the_output(many_prompts: Path, environment: dict[str, str]) -> None:

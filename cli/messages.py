@@ -1,0 +1,27 @@
+"""Stderr, which a job does not depend on: a message that cannot be written is lost, and nothing else is.
+
+Its disk may be full, or who reads it may have left.
+"""
+
+import io
+from typing import Any, TextIO
+
+
+class _Lossy(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data) or len(data)  # None where it would have to wait
+        except OSError:
+            return len(data)
+
+
+def lossy(stream: TextIO | None) -> TextIO | None:
+    """The same stream, but that it never fails; as it is where it is no file (closed, or captured by a test)."""
+    try:
+        fd = stream.fileno() if stream else None
+    except (OSError, ValueError):
+        fd = None
+    if stream is None or fd is None:
+        return stream
+    raw = _Lossy(fd, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)
