@@ -84,7 +84,7 @@ def closing_table(job: Job, summary: Summary) -> str:
     lines.append(f"results  {job.output.target}")
     if not job.output.num_rows:
         lines.append("The input has no rows.")
-    elif missing := sorted(job.parser.missing_columns):
+    elif (missing := sorted(job.parser.missing_columns)) and not job.num_done:
         lines.append(f"No row has {', '.join(map(repr, missing))}, which --columns names.")
     if summary.num_errors:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.errors.most_common())

@@ -87,7 +87,7 @@ def estimate(options: JobOptions) -> str:
 def _count(job: Job, model: TextRequests) -> Totals:
     totals = Totals()
     maker = PromptMaker(model, on_long=job.options.on_long, leaders=job.leaders)
-    rows = job.read()
+    rows = map(job.parse, job.records())
     with tqdm(total=job.count(), unit="row", disable=None) as bar:
         while chunk := list(islice(rows, CHUNK_ITEMS)):
             bar.update(len(chunk))

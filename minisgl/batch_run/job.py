@@ -22,7 +22,7 @@ from minisgl.batch_run.output import check_target, open_output, own_files
 from minisgl.batch_run.parser import RowParser, Template
 from minisgl.batch_run.prompts import Leaders, OnLong
 from minisgl.batch_run.row_run import Summary
-from minisgl.batch_run.rows import BadRow, Row
+from minisgl.batch_run.rows import BadRow, Record, Row
 from minisgl.batch_run.runner import BatchRun
 from minisgl.batch_run.sources import Source, count_rows, default_output, open_sources, read_records
 from minisgl.config import EngineConfig
@@ -108,7 +108,7 @@ class Job:
         self.num_done = self.output.num_rows
         self.leaders = Leaders() if options.dedup else None
         self._input_end: int | None = None
-        self._rows = self.output.pending(self.read(), self._on_done)
+        self._rows = self._left()
         self._first: Row | BadRow | None = None
 
     def __enter__(self) -> "Job":
@@ -162,9 +162,13 @@ class Job:
         """What the rows come from."""
         return open_sources(self.options.inputs, self.options.split, self.target)
 
-    def read(self) -> Iterator[Row | BadRow]:
-        """Every row of the input, done or not."""
-        return map(self.parser.parse, read_records(self.sources, self.options.shard, self.options.limit, self._on_end))
+    def records(self) -> Iterator[Record]:
+        """Every row of the input as it is there, done or not."""
+        return read_records(self.sources, self.options.shard, self.options.limit, self._on_end)
+
+    def parse(self, record: Record) -> Row | BadRow:
+        """What a record asks."""
+        return self.parser.parse(record)
 
     def count(self) -> int | None:
         """About how many rows `read` gives; None when that cannot be known cheaply."""
@@ -173,9 +177,14 @@ class Job:
     def _on_end(self, end: int) -> None:
         self._input_end = end
 
-    def _on_done(self, row: Row | BadRow) -> None:
-        if self.leaders and isinstance(row, Row):
-            self.leaders.find(row)
+    def _left(self) -> Iterator[Row | BadRow]:
+        """The rows that are not done yet. Those that are need no parsing, unless a later row may ask the same."""
+        for record in self.records():
+            done = self.output.has(record.index, self.parser.key(record.value), record.place)
+            if not done:
+                yield self.parse(record)
+            elif self.leaders and isinstance(row := self.parse(record), Row):
+                self.leaders.find(row)
 
     @property
     def has_rows_left(self) -> bool:

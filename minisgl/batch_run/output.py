@@ -8,7 +8,7 @@ Knows files and what may be mixed in one. Does not know how rows are answered.
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from minisgl.batch_run.answers import Line
 from minisgl.batch_run.files import check_writable, is_stream
 from minisgl.batch_run.journal import Journal, in_use, is_locked
 from minisgl.batch_run.manifest import Manifest, load_manifest, manifest_path
-from minisgl.batch_run.rows import NEARLY, BadRow, OnDone, Row
+from minisgl.batch_run.rows import NEARLY
 from minisgl.batch_run.streams import SpooledStream, Stream
 from minisgl.batch_run.tables import TABLES, write_table
 from minisgl.errors import MinisglError
@@ -44,8 +44,8 @@ class Output(Protocol):
     @property
     def num_failed(self) -> int: ...
 
-    def pending(self, rows: Iterable[Row | BadRow], on_done: OnDone) -> Iterator[Row | BadRow]:
-        """The rows that are not done yet; the others go to `on_done`."""
+    def has(self, index: int, key: int, place: str) -> bool:
+        """Whether a row is done: asked once of each in the input. MinisglError for one that was another row then."""
 
     def append(self, lines: Sequence[Line]) -> None:
         """Write finished rows."""
@@ -169,20 +169,15 @@ class OutputFile:
             )
         return before
 
-    def pending(self, rows: Iterable[Row | BadRow], on_done: OnDone) -> Iterator[Row | BadRow]:
-        """The rows that are not done yet. MinisglError for a row that is done, but was another one then."""
-        for row in rows:
-            key = self.journal.key(row.head.index)
-            if not key:
-                yield row
-            elif key == row.head.key:
-                self._num_skipped += 1
-                on_done(row)
-            else:
-                raise MinisglError(
-                    f"the input has changed: {row.head.place} is not the row that {self.journal_path} has an answer "
-                    "for. --fresh starts anew, or name another output with -o"
-                )
+    def has(self, index: int, key: int, place: str) -> bool:
+        before = self.journal.key(index)
+        if before and before != key:
+            raise MinisglError(
+                f"the input has changed: {place} is not the row that {self.journal_path} has an answer for. "
+                "--fresh starts anew, or name another output with -o"
+            )
+        self._num_skipped += bool(before)
+        return bool(before)
 
     def append(self, lines: Sequence[Line]) -> None:
         self._begin()

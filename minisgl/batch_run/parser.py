@@ -100,14 +100,14 @@ class RowParser:
 
     def parse(self, record: Record) -> Row | BadRow:
         index, place, value = record.index, record.place, record.value
-        head = Head(index, self._key(value), index, place)
+        head = Head(index, self.key(value), index, place)
         try:
             values = self.load(value)
             if is_batch_line(values):
                 head = read_batch_head(values, head)
                 return self._with_chat(read_batch_row(values, head, self.defaults, self.n))
             if isinstance(value, dict):
-                self._check_table(value)
+                self.check_table(value)
             if self.template or self.prompt_column is not None:
                 question, used = self._map(values)
                 head = Head(index, head.key, _lenient_id(values, index), place, self._carry(values, used))
@@ -132,7 +132,7 @@ class RowParser:
             refuse(f"a row must be a JSON object, not {kind(values)}")
         return values
 
-    def _check_table(self, table: dict[str, Any]) -> None:
+    def check_table(self, table: dict[str, Any]) -> None:
         """MinisglError when flags name columns that a table has not, or none of them makes the prompt."""
         named = {
             "--template": self.template.names if self.template else (),
@@ -192,7 +192,7 @@ class RowParser:
             if reason := suspect(key):
                 refuse(reason)
 
-    def _key(self, value: bytes | str | dict[str, Any] | RowError) -> int:
+    def key(self, value: bytes | str | dict[str, Any] | RowError) -> int:
         """64 bits of the row's content and of what else its answer depends on; never 0."""
         if isinstance(value, dict):
             value = json.dumps(value, sort_keys=True, default=jsonable)

@@ -17,7 +17,6 @@ parameter's name, and one that names what other engines do and this one does not
 import codecs
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
@@ -123,9 +122,6 @@ class BadRow:
 
     head: Head
     error: RowError
-
-
-OnDone = Callable[[Row | BadRow], object]  # what else is told of a row that an earlier run has done
 
 
 class RefusedRow(Exception):

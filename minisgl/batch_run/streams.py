@@ -5,7 +5,7 @@ Knows files. Nothing can go on with such an output later.
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +14,6 @@ from typing import BinaryIO, cast
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.files import write_failure
 from minisgl.batch_run.journal import Journal
-from minisgl.batch_run.rows import BadRow, OnDone, Row
 
 
 class Stream:
@@ -28,8 +27,8 @@ class Stream:
         self.num_rows = self.num_failed = 0
         self._file: BinaryIO | None = None
 
-    def pending(self, rows: Iterable[Row | BadRow], on_done: OnDone) -> Iterator[Row | BadRow]:
-        return iter(rows)
+    def has(self, index: int, key: int, place: str) -> bool:
+        return False
 
     def append(self, lines: Sequence[Line]) -> None:
         """Write the lines and flush. MinisglError when that fails."""

@@ -20,7 +20,7 @@ from minisgl.batch_run.job import Job, JobOptions
 from minisgl.batch_run.output import OutputFile
 from minisgl.batch_run.parser import RowParser, Template
 from minisgl.batch_run.row_run import Summary
-from minisgl.batch_run.rows import BadRow, Row
+from minisgl.batch_run.rows import BadRow, Record, Row
 from minisgl.batch_run.sources import Source, open_sources, read_records
 from minisgl.errors import MinisglError
 from minisgl.evaluate.asking import CONCURRENCY, AskingRun
@@ -144,9 +144,11 @@ class Evaluation(Job):
     def open(self) -> list[Source]:
         return _open(self.options.inputs, self.options.split, self.target)
 
-    def read(self) -> Iterator[Row | BadRow]:
-        for record in read_records(self.sources, limit=self.options.limit):
-            yield self.questions.read(record, self.parser)
+    def records(self) -> Iterator[Record]:
+        return read_records(self.sources, limit=self.options.limit)
+
+    def parse(self, record: Record) -> Row | BadRow:
+        return self.questions.read(record, self.parser)
 
     def load(self) -> "LLM":
         if self.remote is None:

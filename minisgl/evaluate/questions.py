@@ -102,7 +102,7 @@ class Questions:
             return parser.parse(record)
         if not self._checked:
             self._check(columns)
-            record = replace(record, value=columns)  # as a table's row: columns that are missing are an error at once
+            parser.check_table(columns)  # of any input: columns that are missing are an error at once
             self._checked = True
         row = parser.parse(record)
         if isinstance(row, BadRow):

@@ -11,6 +11,7 @@ import pytest
 
 from minisgl.batch_run import job
 from minisgl.batch_run.journal import Journal
+from minisgl.batch_run.parser import RowParser
 from tests.cli.conftest import Invoke, read_rows
 
 
@@ -113,6 +114,23 @@ def test_an_input_that_has_changed(invoke: Invoke, prompts: Path) -> None:
         f"{prompts.parent}/", ""
     )
     assert Path("prompts.results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("dedup", [False, True])
+def test_what_is_done_is_parsed_only_where_a_later_row_may_ask_the_same(
+    invoke: Invoke, tmp_path: Path, fake_llm: Any, monkeypatch: pytest.MonkeyPatch, dedup: bool
+) -> None:
+    path, flags = tmp_path / "some.jsonl", ["--dedup"] if dedup else []
+    lines = [f'{{"prompt": "{index}"}}\n' for index in range(6)]
+    path.write_text("".join(lines))
+    assert invoke("run", path, "-o", "out.jsonl", *flags).exit_code == 0
+    parsed: list[int] = []
+    parse = RowParser.parse
+    monkeypatch.setattr(RowParser, "parse", lambda self, record: (parsed.append(record.index), parse(self, record))[1])
+    path.write_text("".join([*lines, lines[2]]))
+    assert invoke("run", path, "-o", "out.jsonl", *flags).exit_code == 0
+    assert parsed == ([*range(7)] if dedup else [6])
+    assert [row["text"] for row in read_rows(Path("out.jsonl"))][2::4] == ["answer 2", f"answer {2 if dedup else 6}"]
 
 
 def test_rows_that_were_added_are_answered(invoke: Invoke, prompts: Path, fake_llm: Any) -> None:
