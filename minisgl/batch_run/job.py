@@ -171,7 +171,7 @@ class Job:
         return self.parser.parse(record)
 
     def count(self) -> int | None:
-        """About how many rows `read` gives; None when that cannot be known cheaply."""
+        """About how many `records` there are; None when that cannot be known cheaply."""
         return count_rows(self.sources, self.options.shard, self.options.limit)
 
     def _on_end(self, end: int) -> None:
