@@ -17,11 +17,10 @@ class _Lossy(io.FileIO):
 
 def lossy(stream: TextIO | None) -> TextIO | None:
     """The same stream, but that it never fails; as it is where it is no file (closed, or captured by a test)."""
+    if stream is None:
+        return None
     try:
-        fd = stream.fileno() if stream else None
+        raw = _Lossy(stream.fileno(), "w", closefd=False)
     except (OSError, ValueError):
-        fd = None
-    if stream is None or fd is None:
         return stream
-    raw = _Lossy(fd, "w", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors, line_buffering=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO, TextIO, cast
 
-from minisgl.batch_run.rows import PARAMETERS, SOURCES, RefusedRow, RowError, read_prompt, row_error
+from minisgl.batch_run.rows import PARAMETERS, SOURCES, RefusedRow, RowError, Value, read_prompt, row_error
 from minisgl.errors import MinisglError
 
 # Longer than any context (a million token ids are 7 MB); a file without line ends must not be read into memory whole.
@@ -27,7 +27,7 @@ CHUNK_CHARS = 1 << 14
 _BOM = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 
-Rows = Iterator[tuple[int, "bytes | str | dict[str, Any] | RowError"]]
+Rows = Iterator[tuple[int, Value]]
 
 
 def open_compressed(path: Path) -> BinaryIO:

@@ -180,7 +180,7 @@ class Job:
     def _left(self) -> Iterator[Row | BadRow]:
         """The rows that are not done yet. Those that are need no parsing, unless a later row may ask the same."""
         for record in self.records():
-            done = self.output.has(record.index, self.parser.key(record.value), record.place)
+            done = self.output.has(record, self.parser.key)
             if not done:
                 yield self.parse(record)
             elif self.leaders and isinstance(row := self.parse(record), Row):

@@ -8,7 +8,7 @@ Knows files and what may be mixed in one. Does not know how rows are answered.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from minisgl.batch_run.answers import Line
 from minisgl.batch_run.files import check_writable, is_stream
 from minisgl.batch_run.journal import Journal, in_use, is_locked
 from minisgl.batch_run.manifest import Manifest, load_manifest, manifest_path
-from minisgl.batch_run.rows import NEARLY
+from minisgl.batch_run.rows import NEARLY, Record, Value
 from minisgl.batch_run.streams import SpooledStream, Stream
 from minisgl.batch_run.tables import TABLES, write_table
 from minisgl.errors import MinisglError
@@ -44,8 +44,9 @@ class Output(Protocol):
     @property
     def num_failed(self) -> int: ...
 
-    def has(self, index: int, key: int, place: str) -> bool:
-        """Whether a row is done: asked once of each in the input. MinisglError for one that was another row then."""
+    def has(self, record: Record, key_of: Callable[[Value], int]) -> bool:
+        """Whether a row is done: asked once of each in the input. MinisglError for one that was another row then, which
+        the key of its value tells."""
 
     def append(self, lines: Sequence[Line]) -> None:
         """Write finished rows."""
@@ -169,15 +170,17 @@ class OutputFile:
             )
         return before
 
-    def has(self, index: int, key: int, place: str) -> bool:
-        before = self.journal.key(index)
-        if before and before != key:
+    def has(self, record: Record, key_of: Callable[[Value], int]) -> bool:
+        key = self.journal.key(record.index)
+        if not key:
+            return False
+        if key != key_of(record.value):
             raise MinisglError(
-                f"the input has changed: {place} is not the row that {self.journal_path} has an answer for. "
+                f"the input has changed: {record.place} is not the row that {self.journal_path} has an answer for. "
                 "--fresh starts anew, or name another output with -o"
             )
-        self._num_skipped += bool(before)
-        return bool(before)
+        self._num_skipped += 1
+        return True
 
     def append(self, lines: Sequence[Line]) -> None:
         self._begin()

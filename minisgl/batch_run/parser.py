@@ -23,6 +23,7 @@ from minisgl.batch_run.rows import (
     Row,
     RowError,
     RowId,
+    Value,
     kind,
     load_json,
     read_chat_options,
@@ -121,7 +122,7 @@ class RowParser:
         except RefusedRow as refused:
             return BadRow(head, row_error(refused.type, str(refused)))
 
-    def load(self, value: bytes | str | dict[str, Any] | RowError) -> dict[str, Any]:
+    def load(self, value: Value) -> dict[str, Any]:
         """The columns of a record; RefusedRow when it has none."""
         if isinstance(value, RowError):
             refuse(value.message, value.type)
@@ -192,7 +193,7 @@ class RowParser:
             if reason := suspect(key):
                 refuse(reason)
 
-    def key(self, value: bytes | str | dict[str, Any] | RowError) -> int:
+    def key(self, value: Value) -> int:
         """64 bits of the row's content and of what else its answer depends on; never 0."""
         if isinstance(value, dict):
             value = json.dumps(value, sort_keys=True, default=jsonable)

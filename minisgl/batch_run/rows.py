@@ -58,6 +58,9 @@ class RowError:
     message: str
 
 
+Value = bytes | str | dict[str, Any] | RowError  # of a record
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One row as a source gives it.
@@ -67,7 +70,7 @@ class Record:
 
     index: int
     place: str
-    value: bytes | str | dict[str, Any] | RowError
+    value: Value
 
 
 @dataclass(frozen=True, slots=True)

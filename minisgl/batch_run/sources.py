@@ -19,14 +19,12 @@ from minisgl.batch_run import data_sets, formats
 from minisgl.batch_run.files import is_stream
 from minisgl.batch_run.manifest import MANIFEST_SUFFIX, manifest_path
 from minisgl.batch_run.output import JOURNAL_SUFFIX, own_files
-from minisgl.batch_run.rows import Record, RowError
+from minisgl.batch_run.rows import Record, Value
 from minisgl.errors import MinisglError
 
 HUB = "hf:"
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 MAX_COUNTED_BYTES = 4 << 30  # counting the rows of a larger file, only for an ETA, takes too long
-
-Value = bytes | str | dict[str, Any] | RowError
 
 
 @dataclass(frozen=True)

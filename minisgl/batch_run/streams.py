@@ -5,7 +5,7 @@ Knows files. Nothing can go on with such an output later.
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from typing import BinaryIO, cast
 from minisgl.batch_run.answers import Line
 from minisgl.batch_run.files import write_failure
 from minisgl.batch_run.journal import Journal
+from minisgl.batch_run.rows import Record, Value
 
 
 class Stream:
@@ -27,7 +28,7 @@ class Stream:
         self.num_rows = self.num_failed = 0
         self._file: BinaryIO | None = None
 
-    def has(self, index: int, key: int, place: str) -> bool:
+    def has(self, record: Record, key_of: Callable[[Value], int]) -> bool:
         return False
 
     def append(self, lines: Sequence[Line]) -> None:
