@@ -18,6 +18,7 @@ def first_name(owner: Any, *names: str) -> Any:
 
 # Gluon renames as it settles, a name at a time; first the name in Triton 3.9, then those from 3.6 on.
 async_load = first_name(tma, "async_load", "async_copy_global_to_shared")
+async_store = first_name(tma, "async_store", "async_copy_shared_to_global")
 barrier = first_name(gl, "barrier", "thread_barrier")
 reinterpret = first_name(gl.shared_memory_descriptor, "reinterpret", "_reinterpret")
 

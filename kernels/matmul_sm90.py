@@ -160,7 +160,7 @@ class Place(NamedTuple):
 
 
 @gluon.jit
-def _load_weights(desc, ring_part, stage, full, output, start, IS_GATED: gl.constexpr):
+def load_weights(desc, ring_part, stage, full, output, start, IS_GATED: gl.constexpr):
     """Copy a block of the tile's weights; desc  # [N, K], or [N / 8, 2, 8, K] when gated."""
     target = ring_part.index(stage)
     if IS_GATED:
@@ -177,10 +177,10 @@ def _load_block(weight_desc, tail_desc, ring, stage, place, block, IS_GATED: gl.
     BLOCK_N: gl.constexpr = ring.weight.shape[1]
     full = ring.full.index(stage)
     start = (place.first_block + block) * BLOCK_K
-    _load_weights(weight_desc, ring.weight, stage, full, place.output, start, IS_GATED)
+    load_weights(weight_desc, ring.weight, stage, full, place.output, start, IS_GATED)
     if TAIL:
         output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
-        _load_weights(tail_desc, ring.tail, stage, full, output, start, IS_GATED)
+        load_weights(tail_desc, ring.tail, stage, full, output, start, IS_GATED)
 
 
 @gluon.jit
@@ -237,6 +237,23 @@ def _produce(
 
 
 @gluon.jit
+def split_pairs(sums):
+    """Sums of pairs  # [rows, 2 outputs], as `load_weights` orders them -> of the gate and of up  # [rows, outputs]."""
+    ROWS: gl.constexpr = sums.shape[0]
+    OUTPUTS: gl.constexpr = sums.shape[1] // 2
+    gate, up = sums.reshape([ROWS, OUTPUTS // PAIR, 2, PAIR]).permute((0, 1, 3, 2)).split()
+    return gate.reshape([ROWS, OUTPUTS]), up.reshape([ROWS, OUTPUTS])
+
+
+@gluon.jit
+def gate_up(gate, up, dtype: gl.constexpr):
+    """silu(gate) * up of fp32 sums, which are rounded where kernels apart would round them."""
+    gate = gate.to(dtype).to(gl.float32)
+    silu = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
+    return (silu * up.to(dtype).to(gl.float32)).to(dtype)
+
+
+@gluon.jit
 def _store(
     acc, first_row, output, place, M, N, bias_ptr, y_ptr,
     HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr, IS_PARTS: gl.constexpr,
@@ -245,24 +262,19 @@ def _store(
     ROWS: gl.constexpr = acc.shape[0]
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     if IS_GATED:
-        OUTPUTS: gl.constexpr = acc.shape[1] // 2
-        pairs = acc.reshape([ROWS, OUTPUTS // PAIR, 2, PAIR]).permute((0, 1, 3, 2))
-        gate, up = pairs.split()
-        gate = gate.reshape([ROWS, OUTPUTS])
-        up = up.reshape([ROWS, OUTPUTS])
+        sums, up = split_pairs(acc)
     else:
-        gate = acc
-    columns = output + gl.arange(0, gate.shape[1], layout=gl.SliceLayout(0, gate.type.layout))
+        sums = acc
+    columns = output + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
     is_output = columns < N
     if HAS_BIAS:
-        gate += gl.load(bias_ptr + columns, mask=is_output & (place.part == 0), other=0.0).to(gl.float32)[None, :]
-    y = gate.to(dtype)
+        sums += gl.load(bias_ptr + columns, mask=is_output & (place.part == 0), other=0.0).to(gl.float32)[None, :]
     if IS_GATED:
         if HAS_BIAS:
             up += gl.load(bias_ptr + N + columns, mask=is_output, other=0.0).to(gl.float32)[None, :]
-        gate = y.to(gl.float32)
-        silu = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
-        y = (silu * up.to(dtype).to(gl.float32)).to(dtype)
+        y = gate_up(sums, up, dtype)
+    else:
+        y = sums.to(dtype)
     if IS_PARTS:
         y_ptr += place.part.to(gl.int64) * M * N
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
@@ -441,7 +453,7 @@ def row_borders() -> list[int]:
 
 
 @lru_cache(maxsize=4096)  # 5 us each, and each weight has the same in every step
-def _weight_descriptor(
+def weight_descriptor(
     pointer: int, dtype: torch.dtype, rows: int, inputs: int, stride: int, box: int, gated: bool
 ) -> TensorDescriptor:
     base = Address(pointer, dtype)
@@ -494,8 +506,8 @@ def matmul_sm90(
     consumer_registers, registers = num_registers(tile)
     _matmul_sm90[programs](
         TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [box, BLOCK_K.value], LAYOUT.value),
-        _weight_descriptor(*memory, tile.block_n, gated),
-        _weight_descriptor(*memory, tile.tail_n, gated) if tile.tail_n else None,
+        weight_descriptor(*memory, tile.block_n, gated),
+        weight_descriptor(*memory, tile.tail_n, gated) if tile.tail_n else None,
         bias,
         y,
         rows,

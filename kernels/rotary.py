@@ -188,8 +188,19 @@ def _rotary_store_kernel(
 
 def check_rotary(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rotary: Rotary) -> int:
     """The number of query heads. Raises ValueError, naming the argument, unless these fit; shapes: `rotary_store`."""
-    cos_sin = rotary.cos_sin
-    device, dtype = qkv.device, qkv.dtype
+    if qkv.dim() != 2:
+        raise ValueError(f"qkv: expected [T, (H + 2K) * D], got {list(qkv.shape)}")
+    if qkv.stride(1) != 1:
+        raise ValueError("qkv: last dimension must be contiguous")
+    return check_heads("qkv", qkv.shape[1], qkv, k_cache, v_cache, rotary)
+
+
+def check_heads(
+    name: str, width: int, like: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rotary: Rotary
+) -> int:
+    """The number of query heads of q, k and v side by side, `width` elements as `name` has them. Raises ValueError,
+    naming the argument, unless the others fit, and are on the device of `like` in its dtype; shapes: `rotary_store`."""
+    cos_sin, device, dtype = rotary.cos_sin, like.device, like.dtype
     if cos_sin.dim() != 2:
         raise ValueError(f"cos_sin: expected [max_len, D], got {list(cos_sin.shape)}")
     head_dim = cos_sin.shape[1]
@@ -198,29 +209,36 @@ def check_rotary(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
     if not cos_sin.is_contiguous():
         raise ValueError("cos_sin: must be contiguous")
     check_same("cos_sin", cos_sin, device=device, dtype=torch.float32)
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+    for cache_name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4 or cache.shape[3] != head_dim:
-            raise ValueError(f"{name}: expected [P, page_size, K, {head_dim}], got {list(cache.shape)}")
+            raise ValueError(f"{cache_name}: expected [P, page_size, K, {head_dim}], got {list(cache.shape)}")
         if not cache.is_contiguous():
-            raise ValueError(f"{name}: must be contiguous")
-        check_same(name, cache, device=device, dtype=dtype)
+            raise ValueError(f"{cache_name}: must be contiguous")
+        check_same(cache_name, cache, device=device, dtype=dtype)
     if v_cache.shape != k_cache.shape:
         raise ValueError(f"v_cache: expected {list(k_cache.shape)}, got {list(v_cache.shape)}")
-    for name, norm in (("q_norm", rotary.q_norm), ("k_norm", rotary.k_norm)):
+    for norm_name, norm in (("q_norm", rotary.q_norm), ("k_norm", rotary.k_norm)):
         if norm is not None:
             if norm.shape != (head_dim,):
-                raise ValueError(f"{name}: expected [{head_dim}], got {list(norm.shape)}")
+                raise ValueError(f"{norm_name}: expected [{head_dim}], got {list(norm.shape)}")
             if not norm.is_contiguous():
-                raise ValueError(f"{name}: must be contiguous")
-            check_same(name, norm, device=device, dtype=dtype)
+                raise ValueError(f"{norm_name}: must be contiguous")
+            check_same(norm_name, norm, device=device, dtype=dtype)
     num_kv_heads = k_cache.shape[2]
-    kv_columns = 2 * num_kv_heads * head_dim
-    if qkv.dim() != 2 or qkv.shape[1] <= kv_columns or qkv.shape[1] % head_dim:
-        expected = f"[T, (H + 2K) * D] with K, D = {num_kv_heads}, {head_dim}"
-        raise ValueError(f"qkv: expected {expected}, got {list(qkv.shape)}")
-    if qkv.stride(1) != 1:
-        raise ValueError("qkv: last dimension must be contiguous")
-    return (qkv.shape[1] - kv_columns) // head_dim
+    kv_width = 2 * num_kv_heads * head_dim
+    if width <= kv_width or width % head_dim:
+        raise ValueError(f"{name}: expected (H + 2K) * D elements with K, D = {num_kv_heads}, {head_dim}, got {width}")
+    return (width - kv_width) // head_dim
+
+
+def check_tokens(tokens: int, device: torch.device, positions: torch.Tensor, slots: torch.Tensor) -> None:
+    """Raises ValueError, naming the argument, unless both are such as `rotary_store` has of so many tokens."""
+    for name, index in (("positions", positions), ("slots", slots)):
+        if index.shape != (tokens,):
+            raise ValueError(f"{name}: expected [{tokens}], got {list(index.shape)}")
+        if not index.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous")
+        check_same(name, index, device=device, dtype=torch.int32)
 
 
 def rotary_store(
@@ -243,12 +261,7 @@ def rotary_store(
     """
     num_heads = check_rotary(qkv, k_cache, v_cache, rotary)
     tokens, (num_kv_heads, head_dim) = qkv.shape[0], k_cache.shape[2:]
-    for name, index in (("positions", positions), ("slots", slots)):
-        if index.shape != (tokens,):
-            raise ValueError(f"{name}: expected [{tokens}], got {list(index.shape)}")
-        if not index.is_contiguous():
-            raise ValueError(f"{name}: must be contiguous")
-        check_same(name, index, device=qkv.device, dtype=torch.int32)
+    check_tokens(tokens, qkv.device, positions, slots)
     if not use_triton(qkv):
         return rotary_store_reference(qkv, positions, slots, k_cache, v_cache, rotary)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from minisgl import LLM, SamplingParams
+from minisgl.batch import KVCache
 from minisgl.kernels.invariant_matmul import invariant_matmul
 from minisgl.kernels.rms_norm import rms_norm
 from minisgl.kernels.silu_mul import silu_mul
@@ -144,10 +145,15 @@ def test_all_matmuls_run_before_they_are_needed(folder):
         weights.append((weight.data_ptr(), len(x)))
         return x @ weight.t()
 
-    ops = INVARIANT._replace(linear=note, gated=note, add_linear=lambda residual, *args: note(*args))
+    ops = INVARIANT._replace(
+        linear=note,
+        heads=lambda x, weight, bias, *stored: note(x, weight, bias),
+        gated=note,
+        add_linear=lambda residual, *args: note(*args),
+    )
     config = ModelConfig.from_folder(folder)
     model = Decoder(config, device=torch.device("cpu"), dtype=torch.float32, max_len=16, ops=ops)
-    model.run_matmuls(17)
+    model.run_matmuls(17, KVCache(*torch.zeros(2, config.num_layers, 1, 16, config.num_kv_heads, config.head_dim)))
     layer = model.layers[0]
     linears = (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
     assert weights == [(weight.data_ptr(), 17) for weight in (*(linear.weight for linear in linears), model.lm_head)]

@@ -7,7 +7,7 @@ import torch
 
 from minisgl.batch import Batch
 from minisgl.kernels.attention_decode import attention_decode_rotary
-from minisgl.kernels.rotary import Rotary, rotary_store
+from minisgl.kernels.rotary import Rotary
 from minisgl.kernels.skinny_matmul import Stream
 from minisgl.layers import Empty, Target
 from minisgl.layers.linear import Linear, SummedLinear
@@ -47,9 +47,8 @@ class Attention:
         """x, residual  # [T, hidden] -> what is to be added to the residual, as from `SummedLinear`. Stores the keys
         and values of the batch in this layer's k_cache, v_cache  # [P, page_size, K, D]; cos_sin  # [max_len, D]
         fp32."""
-        qkv = self.qkv(x)
-        out = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
-        q = rotary_store(qkv, batch.positions, batch.slots, k_cache, v_cache, self._rotary(cos_sin))
+        q = self.heads(x, batch.positions, batch.slots, k_cache, v_cache, cos_sin)
+        out = q.new_empty(q.shape)
         decoding = batch.num_decode
         if decoding:
             self.ops.attention_decode(
@@ -80,6 +79,18 @@ class Attention:
                 out=out,
             )
         return self.o(out.flatten(1), residual)
+
+    def heads(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        cos_sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of x  # [T, hidden] the queries  # [T, H, D] that attention reads; keys and values are stored."""
+        return self.qkv.heads(x, positions, slots, k_cache, v_cache, self._rotary(cos_sin))
 
     def decode(
         self,

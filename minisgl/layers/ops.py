@@ -17,6 +17,7 @@ from minisgl.kernels.invariant_decode import invariant_decode
 from minisgl.kernels.invariant_matmul import FEW_ROWS, beats_torch, invariant_matmul, row_borders
 from minisgl.kernels.invariant_prefill import invariant_prefill
 from minisgl.kernels.launch import hopper_module
+from minisgl.kernels.rotary import Rotary, rotary_store
 from minisgl.kernels.silu_mul import silu_mul
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # of x, weight and bias
@@ -26,14 +27,17 @@ AddLinear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | N
 class Ops(NamedTuple):
     """The functions' arguments are those of the kernels below.
 
-    linear: y = x W^T + b. gated: silu(first half of y) * second half. add_linear: add y to the residual, its first
-    argument, in place; or return what the norm that reads both has to add: y, or parts of it  # [S, M, N] fp32.
+    linear: y = x W^T + b. heads: `rotary_store` of y, which is q, k and v. gated: silu(first half of y) * second half.
+    add_linear: add y to the residual, its first argument, in place; or return what the norm that reads both has to add:
+    y, or parts of it  # [S, M, N] fp32.
+    matmul_rows: with the weights of qkv and of gate and up, and a number of tokens: see `Decoder.matmul_rows`.
     """
 
     linear: Linear
+    heads: Callable[..., torch.Tensor]
     gated: Linear
     add_linear: AddLinear
-    linear_borders: Callable[[torch.dtype, torch.device], list[int]]  # numbers of rows above which it is compiled anew
+    matmul_rows: Callable[[torch.Tensor, torch.Tensor, int], list[int]]
     attention_decode: Callable[..., None]
     attention_prefill: Callable[..., None]
     query_block: Callable[[int, torch.device, torch.dtype], int]
@@ -56,9 +60,32 @@ def _fastest_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def _fastest_heads(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    rotary: Rotary,
+) -> torch.Tensor:
+    hopper = hopper_module("prefill_matmul_sm90", x.device)
+    if hopper and hopper.fits_heads(x, weight, k_cache):
+        q: torch.Tensor = hopper.heads_matmul(x, weight, bias, positions, slots, k_cache, v_cache, rotary)
+        return q
+    return rotary_store(_fastest_linear(x, weight, bias), positions, slots, k_cache, v_cache, rotary)
+
+
 def _fastest_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     y = _on_hopper(x, weight, bias, "gated")
-    return silu_mul(_fastest_linear(x, weight, bias)) if y is None else y
+    if y is not None:
+        return y
+    hopper = hopper_module("prefill_matmul_sm90", x.device)
+    if hopper and hopper.fits_gated(x, weight):
+        gated: torch.Tensor = hopper.gated_matmul(x, weight, bias)
+        return gated
+    return silu_mul(_fastest_linear(x, weight, bias))
 
 
 def _fastest_added(
@@ -79,23 +106,45 @@ def _invariant_added(
     return invariant_matmul(x, weight, bias)
 
 
+def _invariant_heads(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    rotary: Rotary,
+) -> torch.Tensor:
+    return rotary_store(invariant_matmul(x, weight, bias), positions, slots, k_cache, v_cache, rotary)
+
+
 def _invariant_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return silu_mul(invariant_matmul(x, weight, bias))
 
 
-def _fastest_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
+def _fastest_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> list[int]:
+    device = qkv.device
     if device.type != "cuda":
         return []
-    borders = {border for border in row_borders(dtype, device) if border < FEW_ROWS}
-    hopper = hopper_module("matmul_sm90", device)
-    return sorted(borders | set(hopper.row_borders() if hopper else ()))
+    rows = {border + 1 for border in row_borders(qkv.dtype, device) if border < FEW_ROWS}
+    if hopper := hopper_module("matmul_sm90", device):
+        rows.update(border + 1 for border in hopper.row_borders())
+    if hopper := hopper_module("prefill_matmul_sm90", device):
+        rows.update(hopper.fewest_rows(qkv, gate_up, most))
+    return sorted(count for count in rows if count <= most)
+
+
+def _invariant_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> list[int]:
+    return [border + 1 for border in row_borders(qkv.dtype, qkv.device) if border < most]
 
 
 FASTEST = Ops(
     linear=_fastest_linear,
+    heads=_fastest_heads,
     gated=_fastest_gated,
     add_linear=_fastest_added,
-    linear_borders=_fastest_borders,
+    matmul_rows=_fastest_rows,
     attention_decode=attention_decode,
     attention_prefill=attention_prefill,
     query_block=query_block,
@@ -103,9 +152,10 @@ FASTEST = Ops(
 )
 INVARIANT = Ops(
     linear=invariant_matmul,
+    heads=_invariant_heads,
     gated=_invariant_gated,
     add_linear=_invariant_added,
-    linear_borders=row_borders,
+    matmul_rows=_invariant_rows,
     attention_decode=invariant_decode,
     attention_prefill=invariant_prefill,
     query_block=invariant_query_block,

@@ -140,13 +140,19 @@ class Decoder:
         short.norms_after = [self.norms_after[place] for place in places]
         return short
 
-    def run_matmuls(self, num_rows: int) -> None:
+    def matmul_rows(self, most: int) -> list[int]:
+        """Numbers of rows, up to `most`, with which `run_matmuls` runs every kernel of steps of up to `most` tokens."""
+        layer = self.layers[0]
+        return self.ops.matmul_rows(layer.attention.qkv.weight, layer.mlp.gate_up.weight, most)
+
+    def run_matmuls(self, num_rows: int, kv: KVCache) -> None:
         """Run each kind of matmul on rows of zeros, and the norms that may find parts of one, so that their kernels for
-        so many rows are compiled."""
+        so many rows are compiled. `kv` stays as it is."""
         layer = self.layers[0]
         qkv, o, gate_up, down = layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
         x, heads, gated = (linear.weight.new_zeros(num_rows, linear.weight.shape[1]) for linear in (qkv, o, down))
-        qkv(x)
+        first = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
+        layer.attention.heads(x, first, torch.full_like(first, -1), kv.keys[0], kv.values[0], self.cos_sin)
         layer.mlp_norm.of_sum(o(heads, x), x)
         gate_up.gated(x)
         self.norms_after[0].of_sum(down(gated, x), x)

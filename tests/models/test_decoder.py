@@ -157,6 +157,7 @@ def test_norms_of_parts_run_before_they_are_needed(tiny_model, monkeypatch):
 
     monkeypatch.setattr(norms, "rms_norm", note)
     ops = FASTEST._replace(add_linear=lambda residual, x, weight, bias: torch.stack([x @ weight.t()] * 3))
-    decoder = PagedModel(tiny_model("qwen3"), ops=ops).decoder
-    decoder.run_matmuls(7)
-    assert shapes == [(3, 7, decoder.config.hidden_size)] * 2
+    model = PagedModel(tiny_model("qwen3"), ops=ops)
+    model.decoder.run_matmuls(7, model.kv)
+    assert shapes == [(3, 7, model.decoder.config.hidden_size)] * 2
+    assert model.kv.keys.isnan().all() and model.kv.values.isnan().all()

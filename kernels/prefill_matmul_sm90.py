@@ -1,0 +1,506 @@
+"""Matmuls of many rows on Hopper (sm_90), in Gluon, with what follows them in the same launch.
+
+    gated_matmul    y = silu(g) * u, g and u the halves of x W^T + b                    (as `silu_mul` behind a matmul)
+    heads_matmul    q, k, v = x W^T + b; q and k normed and rotated, k and v stored     (as `rotary_store` behind one)
+
+Legend: M rows (tokens), K inputs, N outputs, H query heads, G KV heads, D head dim. x  # [M, K]; weight  # [2N, K] or
+[(H + 2G) * D, K]; bias  # of its rows. Bound by matmul: 2 M K flops for each row of the weight. Torch's matmul alone is
+as fast or up to 4% faster; but what follows it reads and writes all that it wrote, and here that is gone.
+
+A tile is 128 rows of x and 256 of the weight. One program for each multiprocessor takes tile after tile. A producer,
+one warp, copies blocks of 64 inputs to a ring in shared memory by TMA; two consumer groups of four warps have 64 rows
+of x each, multiply them with the tile's weights (wgmma), and finish what follows in registers. Meanwhile the ring fills
+for the next tile, and the other group's matmuls go on where it is behind. Other choices, with what they were measured
+to give on an H200:
+- Tiles of 256 rows of x and 128 of the weight: level to 3% slower.
+- Tiles in swaths of 4, 8, 16 or 32 over the rows of x, of which L2 keeps what neighbours read: level within 1%.
+- What rotation reads of a token, its place, slot, cosines and sines, is asked for before the tile's matmuls: behind
+  them, the launch takes up to 10% longer (qkv of Qwen3-0.6B).
+- A tile's outputs go through shared memory, so that stores are whole lines.
+
+The last tile is moved back to where it is full: rows past the end are slow to load. What two programs write so has the
+same bits.
+"""
+
+from typing import NamedTuple
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from minisgl.kernels.hopper import async_load, async_store, barrier
+from minisgl.kernels.launch import cdiv, check, check_same, num_multiprocessors
+from minisgl.kernels.matmul_sm90 import (
+    BLOCK_K,
+    LAYOUT,
+    MAX_ROWS,
+    PAIR,
+    gate_up,
+    load_weights,
+    split_pairs,
+    weight_descriptor,
+)
+from minisgl.kernels.rotary import Rotary, check_heads, check_tokens
+
+GROUPS = gl.constexpr(2)  # of consumers
+ROWS = gl.constexpr(64)  # of x for each group, the rows of one wgmma
+BLOCK_M = gl.constexpr(128)
+BLOCK_N = gl.constexpr(256)  # rows of the weight: the most that one wgmma takes
+PART = gl.constexpr(128)  # outputs that a group finishes at a time
+STAGES = gl.constexpr(4)  # blocks in the ring, 48 KB each; with 32 KB for outputs, 224 KB of 227
+SWATH = gl.constexpr(8)  # tiles over the rows of x that are taken before the next ones over the weight
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread
+HEAD_DIMS = 64, 128
+# Of the outputs that all multiprocessors make in as many turns, so many must be wanted: below, torch is faster.
+MIN_FILL = 0.9
+Y_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART.value, 16]))
+
+
+class Ring(NamedTuple):
+    """Buffers that the producer fills in turn and the consumers empty; a barrier of each kind for each buffer."""
+
+    x: gl.shared_memory_descriptor
+    weight: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+
+
+class Tiles(NamedTuple):
+    """The launch's tiles: over M rows of x and N outputs, each with blocks of inputs."""
+
+    M: gl.tensor
+    N: gl.tensor
+    over_rows: gl.tensor
+    over_outputs: gl.tensor
+    num_blocks: gl.tensor
+
+
+class Heads(NamedTuple):
+    """What is done to the outputs of `heads_matmul`; shapes are there."""
+
+    q_ptr: gl.tensor
+    positions_ptr: gl.tensor
+    slots_ptr: gl.tensor
+    k_cache_ptr: gl.tensor
+    v_cache_ptr: gl.tensor
+    cos_sin_ptr: gl.tensor
+    q_norm_ptr: gl.tensor
+    k_norm_ptr: gl.tensor
+    eps: gl.tensor
+
+
+@gluon.jit
+def _place(tile, tiles, WIDTH: gl.constexpr):
+    """The tile's first row of x and first output."""
+    per_swath = SWATH * tiles.over_outputs
+    first = tile // per_swath * SWATH
+    size = gl.minimum(tiles.over_rows - first, SWATH)
+    within = tile % per_swath
+    row = (first + within % size) * BLOCK_M
+    output = within // size * WIDTH
+    return gl.minimum(row, tiles.M - BLOCK_M), gl.minimum(output, tiles.N - WIDTH)
+
+
+@gluon.jit
+def _produce(x_desc, weight_desc, ring, tiles, IS_GATED: gl.constexpr):
+    """The producer: one warp that copies all that both consumer groups multiply."""
+    WIDTH: gl.constexpr = BLOCK_N // 2 if IS_GATED else BLOCK_N
+    turn = 0
+    # Consumers write nothing before they have read x, which is asked for after this.
+    gdc_wait()
+    gdc_launch_dependents()
+    for tile in range(gl.program_id(0), tiles.over_rows * tiles.over_outputs, gl.num_programs(0)):
+        row, output = _place(tile, tiles, WIDTH)
+        for block in range(tiles.num_blocks):
+            stage = turn % STAGES
+            full = ring.full.index(stage)
+            # a fresh barrier counts as one whose phase 1 is over: the first use does not wait
+            mbarrier.wait(ring.empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+            mbarrier.expect(full, (BLOCK_M + BLOCK_N) * BLOCK_K * 2)
+            load_weights(weight_desc, ring.weight, stage, full, output, block * BLOCK_K, IS_GATED)
+            for group in gl.static_range(GROUPS):
+                target = ring.x.index(stage * GROUPS + group)
+                async_load(x_desc, [row + group * ROWS, block * BLOCK_K], full, target)
+            turn += 1
+
+
+@gluon.jit
+def _multiply(GROUP: gl.constexpr, ring, turn, num_blocks):
+    """Sums  # [ROWS, BLOCK_N] of a group's rows of x, from blocks that are in the ring from `turn` on."""
+    acc = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    for block in range(num_blocks):
+        stage = (turn + block) % STAGES
+        mbarrier.wait(ring.full.index(stage), ((turn + block) // STAGES) & 1)
+        weight = ring.weight.index(stage).permute((1, 0))
+        acc = warpgroup_mma(ring.x.index(stage * GROUPS + GROUP), weight, acc, is_async=True)
+        # This block's are in flight; those of the block before have ended, and its buffer is free.
+        acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(ring.empty.index((turn + block + STAGES - 1) % STAGES), pred=block > 0)
+    acc = warpgroup_mma_wait(0, [acc])
+    mbarrier.arrive(ring.empty.index((turn + num_blocks + STAGES - 1) % STAGES))
+    return acc
+
+
+@gluon.jit
+def _consume_gated(GROUP: gl.constexpr, y_desc, bias_ptr, ring, buffers, tiles, HAS_BIAS: gl.constexpr):
+    """One consumer group of `gated_matmul`."""
+    dtype: gl.constexpr = ring.x.dtype
+    buffer = buffers.index(GROUP)
+    turn = 0
+    for tile in range(gl.program_id(0), tiles.over_rows * tiles.over_outputs, gl.num_programs(0)):
+        row, output = _place(tile, tiles, PART)
+        acc = _multiply(GROUP, ring, turn, tiles.num_blocks)
+        turn += tiles.num_blocks
+        gate, up = split_pairs(acc)
+        if HAS_BIAS:
+            columns = output + gl.arange(0, PART, layout=gl.SliceLayout(0, gate.type.layout))
+            gate += gl.load(bias_ptr + columns).to(gl.float32)[None, :]
+            up += gl.load(bias_ptr + tiles.N + columns).to(gl.float32)[None, :]
+        y = gl.convert_layout(gate_up(gate, up, dtype), Y_LAYOUT)
+        tma.store_wait(0)  # the tile before has left the buffer
+        barrier()
+        buffer.store(y)
+        fence_async_shared()
+        barrier()
+        async_store(y_desc, [row + GROUP * ROWS, output], buffer)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _halves(y, HEAD_DIM: gl.constexpr):
+    """The first and second halves  # [ROWS, heads, HEAD_DIM / 2] of heads side by side  # [ROWS, PART]."""
+    return y.reshape([ROWS, PART // HEAD_DIM, 2, HEAD_DIM // 2]).permute((0, 1, 3, 2)).split()
+
+
+@gluon.jit
+def _load_angles(heads, row, is_rotated, HEAD_DIM: gl.constexpr):
+    """Cosines and sines  # [ROWS, 1, HEAD_DIM / 2] of the tokens from `row` on, as `_halves` has its rows."""
+    halves = _halves(gl.full([ROWS, PART], 0.0, gl.float32, Y_LAYOUT), HEAD_DIM)
+    layout: gl.constexpr = gl.SliceLayout(1, halves[0].type.layout)
+    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    dims = gl.arange(0, HEAD_DIM // 2, layout=gl.SliceLayout(0, layout))
+    places = gl.load(heads.positions_ptr + rows).to(gl.int64) * HEAD_DIM
+    table = heads.cos_sin_ptr + places[:, None] + dims[None, :]
+    mask = (rows >= 0)[:, None] & is_rotated
+    cos = gl.load(table, mask=mask, other=0.0)
+    sin = gl.load(table + HEAD_DIM // 2, mask=mask, other=0.0)
+    return gl.expand_dims(cos, 1), gl.expand_dims(sin, 1)
+
+
+@gluon.jit
+def _normed(half, scale, weight_ptr):
+    """One half of each head, whose rows' scales are given, rounded before its weight multiplies it, as in rms_norm."""
+    dims = gl.arange(0, half.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, half.type.layout)))
+    weight = gl.expand_dims(gl.load(weight_ptr + dims).to(gl.float32)[None, :], 1)
+    return weight * (half.to(gl.float32) * scale).to(half.dtype).to(gl.float32)
+
+
+@gluon.jit
+def _rotate(y, heads, is_key, cos, sin, HEAD_DIM: gl.constexpr, HAS_NORM: gl.constexpr):
+    """Norm and rotate heads side by side  # [ROWS, PART], as `rotary.rotate_heads` does."""
+    first, second = _halves(y, HEAD_DIM)
+    wide_first = first.to(gl.float32)
+    wide_second = second.to(gl.float32)
+    if HAS_NORM:
+        norm_ptr = heads.q_norm_ptr
+        if is_key:
+            norm_ptr = heads.k_norm_ptr
+        squares = gl.sum(wide_first * wide_first, 2) + gl.sum(wide_second * wide_second, 2)
+        scale = gl.expand_dims(gl.rsqrt(squares / HEAD_DIM + heads.eps), 2)
+        wide_first = _normed(first, scale, norm_ptr)
+        wide_second = _normed(second, scale, norm_ptr + HEAD_DIM // 2)
+    rotated = gl.join(wide_first * cos - wide_second * sin, wide_second * cos + wide_first * sin)
+    return gl.convert_layout(rotated.to(y.dtype).permute((0, 1, 3, 2)).reshape([ROWS, PART]), y.type.layout)
+
+
+@gluon.jit
+def _consume_heads(
+    GROUP: gl.constexpr,
+    heads,
+    bias_ptr,
+    ring,
+    buffers,
+    tiles,
+    Q_WIDTH: gl.constexpr,
+    KV_WIDTH: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+):
+    """One consumer group of `heads_matmul`; outputs are Q_WIDTH of q, then KV_WIDTH each of k and v."""
+    dtype: gl.constexpr = ring.x.dtype
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])  # 16 bytes a thread
+    dims = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
+    buffer = buffers.index(GROUP)
+    turn = 0
+    for tile in range(gl.program_id(0), tiles.over_rows * tiles.over_outputs, gl.num_programs(0)):
+        row, output = _place(tile, tiles, BLOCK_N)
+        row += GROUP * ROWS
+        rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+        slots = gl.load(heads.slots_ptr + rows)
+        cos, sin = _load_angles(heads, row, output < Q_WIDTH + KV_WIDTH, HEAD_DIM)
+        acc = _multiply(GROUP, ring, turn, tiles.num_blocks)
+        turn += tiles.num_blocks
+        if HAS_BIAS:
+            columns = output + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, acc.type.layout))
+            acc += gl.load(bias_ptr + columns).to(gl.float32)[None, :]
+        parts = acc.to(dtype).reshape([ROWS, 2, PART]).permute((0, 2, 1)).split()
+        for part in gl.static_range(2):
+            start = output + part * PART
+            y = gl.convert_layout(parts[part], Y_LAYOUT)
+            if start < Q_WIDTH + KV_WIDTH:
+                y = _rotate(y, heads, start >= Q_WIDTH, cos, sin, HEAD_DIM, HAS_NORM)
+            barrier()  # the part before has left the buffer
+            buffer.store(y)
+            barrier()
+            lines = buffer.load(layout)
+            places = slots.to(gl.int64)[:, None] * KV_WIDTH
+            is_stored = (slots >= 0)[:, None]
+            if start < Q_WIDTH:
+                gl.store(heads.q_ptr + rows.to(gl.int64)[:, None] * Q_WIDTH + (start + dims)[None, :], lines)
+            elif start < Q_WIDTH + KV_WIDTH:
+                gl.store(heads.k_cache_ptr + places + (start - Q_WIDTH + dims)[None, :], lines, mask=is_stored)
+            else:
+                dims_of_v = start - Q_WIDTH - KV_WIDTH + dims
+                gl.store(heads.v_cache_ptr + places + dims_of_v[None, :], lines, mask=is_stored)
+
+
+@gluon.jit
+def _new_ring(dtype: gl.constexpr):
+    x = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, BLOCK_K], LAYOUT)
+    weight = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], LAYOUT)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), 1)
+        mbarrier.init(empty.index(stage), GROUPS)
+    fence_async_shared()
+    barrier()
+    return Ring(x, weight, full, empty)
+
+
+@gluon.jit
+def _tiles(M, N, num_blocks, WIDTH: gl.constexpr):
+    return Tiles(M, N, (M + BLOCK_M - 1) // BLOCK_M, (N + WIDTH - 1) // WIDTH, num_blocks)
+
+
+@gluon.jit(do_not_specialize=["M"])
+def _gated_matmul(
+    x_desc, weight_desc, y_desc, bias_ptr, M, N, num_blocks,
+    HAS_BIAS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = x_desc.dtype
+    ring = _new_ring(dtype)
+    buffers = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, PART], LAYOUT)
+    tiles = _tiles(M, N, num_blocks, PART)
+    gl.warp_specialize(
+        [
+            (_consume_gated, (0, y_desc, bias_ptr, ring, buffers, tiles, HAS_BIAS)),
+            (_consume_gated, (1, y_desc, bias_ptr, ring, buffers, tiles, HAS_BIAS)),
+            (_produce, (x_desc, weight_desc, ring, tiles, True)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+# The index tensors are slices of one upload: their alignment changes from step to step and must not recompile.
+@gluon.jit(do_not_specialize=["M", "positions_ptr", "slots_ptr"])
+def _heads_matmul(
+    x_desc,
+    weight_desc,
+    bias_ptr,
+    q_ptr,
+    positions_ptr,
+    slots_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    cos_sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    eps,
+    M,
+    N,
+    num_blocks,
+    Q_WIDTH: gl.constexpr,
+    KV_WIDTH: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+):
+    dtype: gl.constexpr = x_desc.dtype
+    ring = _new_ring(dtype)
+    buffers = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, PART], LAYOUT)
+    tiles = _tiles(M, N, num_blocks, BLOCK_N)
+    heads = Heads(q_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, eps)
+    gl.warp_specialize(
+        [
+            (
+                _consume_heads,
+                (0, heads, bias_ptr, ring, buffers, tiles, Q_WIDTH, KV_WIDTH, HEAD_DIM, HAS_BIAS, HAS_NORM),
+            ),
+            (
+                _consume_heads,
+                (1, heads, bias_ptr, ring, buffers, tiles, Q_WIDTH, KV_WIDTH, HEAD_DIM, HAS_BIAS, HAS_NORM),
+            ),
+            (_produce, (x_desc, weight_desc, ring, tiles, False)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
+
+
+def fits_gated(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `gated_matmul` takes these, valid for torch's, and is faster than torch's matmul and the gate."""
+    outputs = weight.shape[0] // 2
+    return _fits(x, weight) and outputs % PAIR.value == 0 and _fills(x.shape[0], outputs, PART.value, x.device)
+
+
+def fits_heads(x: torch.Tensor, weight: torch.Tensor, k_cache: torch.Tensor) -> bool:
+    """Whether `heads_matmul` takes these, valid for torch's, and is faster than torch's matmul and `rotary_store`."""
+    kv_heads, head_dim = k_cache.shape[2:]
+    return (
+        _fits(x, weight)
+        and head_dim in HEAD_DIMS
+        and kv_heads * head_dim % PART.value == weight.shape[0] % PART.value == 0
+        and _fills(x.shape[0], weight.shape[0], BLOCK_N.value, x.device)
+    )
+
+
+def fewest_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> set[int]:
+    """Numbers of rows, up to `most`, with which each kernel here runs that may with these weights; shapes are those
+    of `weight` in `heads_matmul` and `gated_matmul`."""
+    first = MAX_ROWS + BLOCK_M.value
+    found = set()
+    for outputs, width in ((qkv.shape[0], BLOCK_N.value), (gate_up.shape[0] // 2, PART.value)):
+        for rows in (*range(first, most, BLOCK_M.value), most):  # so many fill their tiles best
+            if rows > MAX_ROWS and _fills(rows, outputs, width, qkv.device):
+                found.add(rows)
+                break
+    return found
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (
+        x.shape[0] > MAX_ROWS
+        and x.itemsize == 2
+        and x.stride(1) == weight.stride(1) == 1
+        and x.stride(0) % 8 == weight.stride(0) % 8 == 0
+        and x.stride(0) > 0
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    )
+
+
+def _fills(rows: int, outputs: int, width: int, device: torch.device) -> bool:
+    """Whether tiles of `width` outputs keep the multiprocessors busy."""
+    processors = num_multiprocessors(device)
+    turns = cdiv(cdiv(rows, BLOCK_M.value) * cdiv(outputs, width), processors)
+    return outputs >= width and rows * outputs >= MIN_FILL * turns * processors * BLOCK_M.value * width
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    rows, inputs = x.shape
+    check(rows >= BLOCK_M.value, f"x: expected at least {BLOCK_M.value} rows, got {rows}")
+    check(weight.shape[1] == inputs, f"weight: expected [N, {inputs}], got {list(weight.shape)}")
+    check_same("weight", weight, device=x.device, dtype=x.dtype)
+    if bias is not None:
+        check(bias.shape == weight.shape[:1], f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+        check_same("bias", bias, device=x.device, dtype=x.dtype)
+
+
+def _rows_descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [ROWS.value, columns], LAYOUT.value)
+
+
+def _weight_descriptor(weight: torch.Tensor, gated: bool) -> TensorDescriptor:
+    return weight_descriptor(
+        weight.data_ptr(), weight.dtype, weight.shape[0], weight.shape[1], weight.stride(0), BLOCK_N.value, gated
+    )
+
+
+def _programs(x: torch.Tensor, outputs: int, width: int) -> tuple[int]:
+    return (min(cdiv(x.shape[0], BLOCK_M.value) * cdiv(outputs, width), num_multiprocessors(x.device)),)
+
+
+def gated_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """silu(first half of y) * second half, of y = x  # [M, K] times weight  # [2N, K] plus bias  # [2N].
+
+    Returns [M, N] in x's dtype, contiguous. For what `fits_gated` takes; any M from 128 on is right. Raises ValueError
+    for a wrong shape, dtype or device.
+    """
+    _check(x, weight, bias)
+    (rows, inputs), outputs = x.shape, weight.shape[0] // 2
+    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    _gated_matmul[_programs(x, outputs, PART.value)](
+        _rows_descriptor(x, BLOCK_K.value),
+        _weight_descriptor(weight, gated=True),
+        _rows_descriptor(y, PART.value),
+        bias,
+        rows,
+        outputs,
+        cdiv(inputs, BLOCK_K.value),
+        HAS_BIAS=bias is not None,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4,
+        launch_pdl=True,
+    )
+    return y
+
+
+def heads_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    rotary: Rotary,
+) -> torch.Tensor:
+    """`rotary_store` of y = x  # [M, K] times weight  # [(H + 2G) * D, K] plus bias  # [(H + 2G) * D].
+
+    positions, slots  # [M] int32 and k_cache, v_cache  # [P, page_size, G, D] are those of `rotary_store`. Returns q
+    # [M, H, D] in x's dtype, contiguous. For what `fits_heads` takes; any M from 128 on is right. Raises ValueError for
+    a wrong shape, dtype or device.
+    """
+    _check(x, weight, bias)
+    num_heads = check_heads("weight", weight.shape[0], x, k_cache, v_cache, rotary)
+    (rows, inputs), (kv_heads, head_dim) = x.shape, k_cache.shape[2:]
+    check_tokens(rows, x.device, positions, slots)
+    q = torch.empty(rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
+    _heads_matmul[_programs(x, weight.shape[0], BLOCK_N.value)](
+        _rows_descriptor(x, BLOCK_K.value),
+        _weight_descriptor(weight, gated=False),
+        bias,
+        q,
+        positions,
+        slots,
+        k_cache,
+        v_cache,
+        *rotary,
+        rows,
+        weight.shape[0],
+        cdiv(inputs, BLOCK_K.value),
+        Q_WIDTH=num_heads * head_dim,
+        KV_WIDTH=kv_heads * head_dim,
+        HEAD_DIM=head_dim,
+        HAS_BIAS=bias is not None,
+        HAS_NORM=rotary.q_norm is not None,
+        CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS,
+        num_warps=4,
+        launch_pdl=True,
+    )
+    return q
