@@ -1,7 +1,7 @@
 """Time kernels beside their floor: `minisgl bench kernels [OP]...`.
 
-An op has a file of its name here and in kernels/; the one here has `cases(device) -> Iterator[Case]`, and `tunings`
-if its tiles can be tuned (tuning.py).
+An op has a file of its name here and in kernels/; the one here has `cases(device) -> Iterator[Case]`, `tunings` if its
+tiles can be tuned (tuning.py), and ARCHITECTURES if not all have the kernel.
 """
 
 from importlib import import_module
@@ -26,6 +26,17 @@ def bench_module(op: str) -> Any:
     return import_module(f"minisgl.bench.{op}")
 
 
+def choose_ops(named: list[str], known: list[str], device: torch.device) -> list[str]:
+    """The ops that are named, or all known ones that the device has. Raises MinisglError for one that it has not."""
+    here = launch.architecture(device)
+    elsewhere = {op for op in known if here not in getattr(bench_module(op), "ARCHITECTURES", (here,))}
+    for op in named:
+        if op in elsewhere:
+            only = ", ".join(bench_module(op).ARCHITECTURES)
+            raise MinisglError(f"the kernel of {op} is for {only} alone, and {device} is {here}: leave the op out")
+    return named or [op for op in known if op not in elsewhere]
+
+
 def run(
     ops: list[str],
     device: str | torch.device = "auto",
@@ -35,13 +46,14 @@ def run(
     """Measure the named ops, or all of them; print a table, append the rows to `json_path`, draw them into `plot_path`
     and return them.
 
-    Raises MinisglError without a GPU, for an unknown op, and for a plot without matplotlib.
+    Raises MinisglError without a GPU, for an op that is unknown or not for this GPU, and for a plot without matplotlib.
     """
     known = available_ops()
     unknown = next((op for op in ops if op not in known), None)
     if unknown is not None:
         raise MinisglError(f"no bench for the op {unknown!r}: known are {', '.join(known)}")
     device = open_gpu(device, "bench kernels")
+    ops = choose_ops(ops, known, device)
     if plot_path:
         from minisgl.bench.plots import roofline  # first of all: without matplotlib nothing is measured in vain
     if json_path is not None:
@@ -50,7 +62,7 @@ def run(
     name = torch.cuda.get_device_name(device)
     print(f"{name}: copy {limits.copy_gb_s:.0f} GB/s, bf16 matmul {limits.matmul_tflops:.0f} TFLOP/s")
     rows = []
-    for op in ops or known:
+    for op in ops:
         of_op = [measure(case, device) for case in bench_module(op).cases(device)]
         print("\n" + table(of_op), flush=True)
         if json_path is not None:

@@ -23,6 +23,7 @@ from minisgl.kernels.matmul_sm90 import (
 )
 from minisgl.kernels.silu_mul import silu_mul
 
+ARCHITECTURES = ("sm_90",)
 # Kind, N, K of qkv, o, gate and up, down of 0.6B and 8B; then of others that have tiles of their own.
 SHAPES = (
     (WHOLE, 4096, 1024),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minisgl.bench.harness import graph_time_us, time_us
-from minisgl.bench.kernels import available_ops, bench_module, open_gpu
+from minisgl.bench.kernels import available_ops, bench_module, choose_ops, open_gpu
 from minisgl.errors import MinisglError
 from minisgl.kernels.launch import architecture
 
@@ -41,17 +41,18 @@ def tune(ops: list[str], device: str | torch.device, path: Path) -> None:
     """Tune the named ops, or all that can be; print the tables and merge them into the JSON file `path`.
 
     The file has {architecture: {op: {bucket: {field of the tile: value}}}}. Raises MinisglError without a GPU, for an
-    op that cannot be tuned, and for a `path` that holds something else.
+    op that cannot be tuned here, and for a `path` that holds something else.
     """
     tunable = [op for op in available_ops() if hasattr(bench_module(op), "tunings")]
     for op in ops:
         if op not in tunable:
             raise MinisglError(f"no tiles to tune for the op {op!r}: known are {', '.join(tunable)}")
     device = open_gpu(device, "--tune")
+    ops = choose_ops(ops, tunable, device)
     tables = _read(path)
     _write(path, tables)  # a path that cannot be written should fail now
     name = architecture(device)
-    for op in ops or tunable:
+    for op in ops:
         best = {}
         for tuning in bench_module(op).tunings(device):
             tile = best_tile(tuning, name)

@@ -123,7 +123,21 @@ def test_kernels_names_the_known_ops(monkeypatch):
         kernels.run(["nonsense"], "cuda")
 
 
-@pytest.mark.parametrize("op", ["common_prefix", "embedding", "rms_norm", "rotary", "sampling", "silu_mul"])
+def test_kernels_of_other_gpus_are_left_out(monkeypatch):
+    monkeypatch.setattr(kernels.launch, "architecture", lambda device: "sm_80")
+    known = kernels.available_ops()
+    assert set(known) - set(kernels.choose_ops([], known, CPU)) == {"matmul_sm90", "prefill_matmul_sm90"}
+    with pytest.raises(MinisglError, match="matmul_sm90 is for sm_90 alone, and cpu is sm_80"):
+        kernels.choose_ops(["rotary", "matmul_sm90"], known, CPU)
+    monkeypatch.setattr(kernels.launch, "architecture", lambda device: "sm_90")
+    assert kernels.choose_ops([], known, CPU) == known
+    assert kernels.choose_ops(["matmul_sm90"], known, CPU) == ["matmul_sm90"]
+
+
+OPS = ["common_prefix", "embedding", "prefill_matmul_sm90", "rms_norm", "rotary", "sampling", "silu_mul"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_cases_can_be_built(op):
     """On the meta device: real shapes, no memory."""
     assert op in kernels.available_ops()

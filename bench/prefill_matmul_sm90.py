@@ -1,0 +1,62 @@
+"""Matmuls of a prefill on Hopper with the gate, or with what is done to q, k and v, in the launch, at shapes of
+Qwen3-0.6B to 14B, bf16, pages of 64; beside torch's matmul and the kernel that follows it."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from minisgl.bench.harness import Case
+from minisgl.kernels.prefill_matmul_sm90 import gated_matmul, heads_matmul
+from minisgl.kernels.rotary import Rotary, rotary_store
+from minisgl.kernels.silu_mul import silu_mul
+
+ARCHITECTURES = ("sm_90",)
+HEAD_DIM, KV_HEADS, PAGE_SIZE, MAX_LEN = 128, 8, 64, 40_960
+MODELS = ((1024, 3072, 16), (4096, 12288, 32), (5120, 17408, 40))  # hidden and inner size, query heads
+TOKENS = (2048, 8448)
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    for hidden, inner, heads in MODELS:
+        for tokens in TOKENS:
+            yield _gated(tokens, hidden, inner, device)
+            yield _heads(tokens, hidden, heads, device)
+
+
+def _random(device: torch.device, *size: int) -> torch.Tensor:
+    return torch.randn(*size, dtype=torch.bfloat16, device=device)
+
+
+def _gated(tokens: int, hidden: int, inner: int, device: torch.device) -> Case:
+    x, weight = _random(device, tokens, hidden), _random(device, 2 * inner, hidden)
+    return Case(
+        op="prefill_matmul_sm90",
+        shape=f"{tokens} x {hidden} -> {2 * inner}, gated",
+        run=lambda: gated_matmul(x, weight, None),
+        baselines={"torch": lambda: silu_mul(F.linear(x, weight))},
+        bytes_moved=x.nbytes + weight.nbytes + 2 * tokens * inner,
+        flops=4 * tokens * hidden * inner,
+    )
+
+
+def _heads(tokens: int, hidden: int, heads: int, device: torch.device) -> Case:
+    width, pages = (heads + 2 * KV_HEADS) * HEAD_DIM, tokens // PAGE_SIZE + 1
+    x, weight = _random(device, tokens, hidden), _random(device, width, hidden)
+    stored = (
+        torch.arange(tokens, dtype=torch.int32, device=device),
+        torch.randperm(pages * PAGE_SIZE, device=device)[:tokens].int(),
+        _random(device, pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
+        _random(device, pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
+        Rotary(
+            torch.rand(MAX_LEN, HEAD_DIM, device=device), _random(device, HEAD_DIM), _random(device, HEAD_DIM), 1e-6
+        ),
+    )
+    return Case(
+        op="prefill_matmul_sm90",
+        shape=f"{tokens} x {hidden} -> {heads}/{KV_HEADS} heads of {HEAD_DIM}",
+        run=lambda: heads_matmul(x, weight, None, *stored),
+        baselines={"torch": lambda: rotary_store(F.linear(x, weight), *stored)},
+        bytes_moved=x.nbytes + weight.nbytes + tokens * (2 * width + 4 * HEAD_DIM),
+        flops=2 * tokens * hidden * width,
+    )
