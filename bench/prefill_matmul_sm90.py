@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.bench.harness import Case
-from minisgl.kernels.prefill_matmul_sm90 import gated_matmul, heads_matmul
+from minisgl.kernels.prefill_matmul_sm90 import fits_gated, fits_heads, gated_matmul, heads_matmul
 from minisgl.kernels.rotary import Rotary, rotary_store
 from minisgl.kernels.silu_mul import silu_mul
 
@@ -20,17 +20,19 @@ TOKENS = (2048, 8448)
 def cases(device: torch.device) -> Iterator[Case]:
     for hidden, inner, heads in MODELS:
         for tokens in TOKENS:
-            yield _gated(tokens, hidden, inner, device)
-            yield _heads(tokens, hidden, heads, device)
+            yield from _gated(tokens, hidden, inner, device)
+            yield from _heads(tokens, hidden, heads, device)
 
 
 def _random(device: torch.device, *size: int) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.bfloat16, device=device)
 
 
-def _gated(tokens: int, hidden: int, inner: int, device: torch.device) -> Case:
+def _gated(tokens: int, hidden: int, inner: int, device: torch.device) -> Iterator[Case]:
     x, weight = _random(device, tokens, hidden), _random(device, 2 * inner, hidden)
-    return Case(
+    if not fits_gated(x, weight):
+        return
+    yield Case(
         op="prefill_matmul_sm90",
         shape=f"{tokens} x {hidden} -> {2 * inner}, gated",
         run=lambda: gated_matmul(x, weight, None),
@@ -40,7 +42,7 @@ def _gated(tokens: int, hidden: int, inner: int, device: torch.device) -> Case:
     )
 
 
-def _heads(tokens: int, hidden: int, heads: int, device: torch.device) -> Case:
+def _heads(tokens: int, hidden: int, heads: int, device: torch.device) -> Iterator[Case]:
     width, pages = (heads + 2 * KV_HEADS) * HEAD_DIM, tokens // PAGE_SIZE + 1
     x, weight = _random(device, tokens, hidden), _random(device, width, hidden)
     stored = (
@@ -52,7 +54,9 @@ def _heads(tokens: int, hidden: int, heads: int, device: torch.device) -> Case:
             torch.rand(MAX_LEN, HEAD_DIM, device=device), _random(device, HEAD_DIM), _random(device, HEAD_DIM), 1e-6
         ),
     )
-    return Case(
+    if not fits_heads(x, weight, stored[2]):
+        return
+    yield Case(
         op="prefill_matmul_sm90",
         shape=f"{tokens} x {hidden} -> {heads}/{KV_HEADS} heads of {HEAD_DIM}",
         run=lambda: heads_matmul(x, weight, None, *stored),

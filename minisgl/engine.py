@@ -318,6 +318,7 @@ class Engine:
             padding = torch.full((size,), -1, dtype=torch.int32, device=self.device)  # changes no row
             return rows.decode_batch(padding, bound, cascade)
 
+        self.model.run_prefill_matmuls(config.max_step_tokens, kv)  # first, since they take a compiler longest
         params = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9, top_k=50, min_p=0.1, seed=0)
         prompt = Request(0, [0, 0], params, 3, frozenset())
         prompt.row = 0
@@ -334,10 +335,10 @@ class Engine:
             packed = torch.zeros(packed_length(members, together), dtype=torch.int32, device=self.device)
             for bound in (1, max_len):  # no tile is used where a sequence has one split
                 self._run(decodes(members, bound, CascadeTiles.unpack(packed, members, together)), kv)
-        most = config.max_step_tokens
-        for count in sorted({*self.model.matmul_rows(most), early_tokens(self.model_config.hidden_size) + 1}):
-            if count <= most:
-                self.model.run_matmuls(count, kv)
+        borders = self.model.ops.linear_borders(self.dtype, self.device)
+        for border in sorted({*borders, early_tokens(self.model_config.hidden_size)}):
+            if border < config.max_step_tokens:
+                self.model.run_matmuls(border + 1, kv)
         self._run(decodes(1, 1), kv, EVERYTHING, max_len)
         # Not `self.sample`, with which a first rank tells the others to do the same.
         masks = np.zeros((1, -(-self.model_config.vocab_size // 32)), np.int32)

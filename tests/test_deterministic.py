@@ -155,7 +155,7 @@ def test_all_matmuls_run_before_they_are_needed(folder):
     model = Decoder(config, device=torch.device("cpu"), dtype=torch.float32, max_len=16, ops=ops)
     model.run_matmuls(17, KVCache(*torch.zeros(2, config.num_layers, 1, 16, config.num_kv_heads, config.head_dim)))
     layer = model.layers[0]
-    linears = (layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down)
+    linears = (layer.attention.qkv, layer.mlp.gate_up, layer.attention.o, layer.mlp.down)
     assert weights == [(weight.data_ptr(), 17) for weight in (*(linear.weight for linear in linears), model.lm_head)]
 
 

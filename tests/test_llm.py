@@ -11,7 +11,8 @@ import torch
 from minisgl import LLM, MinisglError, SamplingParams
 from minisgl import cascade as cascade_module
 from minisgl.kernels import attention_decode
-from tests.tiny_models import NAMES, VOCAB_SIZE, prompts_of_all_kinds
+from minisgl.kernels.launch import architecture
+from tests.tiny_models import NAMES, VOCAB_SIZE, WIDE, prompts_of_all_kinds
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 SMALL = {"dtype": "float32", "page_size": 16, "max_running": 4, "max_step_tokens": 64}
@@ -70,6 +71,42 @@ def test_narrow_logits_are_near_transformers(tiny_model, monkeypatch, name, dtyp
             llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1))
             logits.append(seen[-1][-1].float().cpu())
     assert (torch.stack(logits) - expected).norm() / expected.norm() < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WIDE)
+def test_long_steps_of_wide_models_are_near_transformers(tiny_model, monkeypatch, name):
+    """Those whose matmuls have a kernel of their own on Hopper, which is there when the first comes."""
+    from transformers import AutoModelForCausalLM
+    from triton import knobs
+
+    if architecture(torch.device("cuda")) != "sm_90":
+        pytest.skip("needs an sm_90 GPU")
+    from minisgl.kernels import prefill_matmul_sm90 as kernels
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(name), dtype=torch.float32).eval()
+    rng = random.Random(2)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(200 + 9 * index)] for index in range(6)]
+    expected = []
+    with torch.inference_mode():
+        for ids in map(torch.tensor, prompts):
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+            expected.append(logprobs[:-1].gather(1, ids[1:, None])[:, 0])
+    monkeypatch.setattr(kernels, "MIN_FILL", 0)
+    with LLM(tiny_model(name), device="cuda", dtype="bfloat16", max_step_tokens=2048, num_pages=64) as llm:
+        rows, compiled = [], []
+        for launcher in ("gated_matmul", "heads_matmul"):
+            run = getattr(kernels, launcher)
+            monkeypatch.setattr(kernels, launcher, lambda x, *rest, run=run: rows.append(len(x)) or run(x, *rest))
+        monkeypatch.setattr(
+            knobs.runtime, "jit_post_compile_hook", lambda **options: compiled.append(options["fn"].name)
+        )
+        results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    assert not compiled
+    assert rows == [sum(map(len, prompts))] * 2 * model.config.num_hidden_layers
+    found = torch.tensor([one.logprob for result in results for one in result.prompt_logprobs])
+    wanted = torch.cat(expected)
+    assert (found - wanted).norm() / wanted.norm() < 2e-2
 
 
 @pytest.mark.interpreter

@@ -1,4 +1,5 @@
-"""Small random checkpoints of every family on disk, each with a byte-level tokenizer: `make(name, folder)`.
+"""Small random checkpoints of every family on disk, each with a byte-level tokenizer: `make(name, folder)`; and two
+whose sizes are multiples of 128, WIDE, for kernels that take no others.
 
 The weights are spread wide enough that greedy tokens have clear winners, biases and norm weights included.
 """
@@ -41,6 +42,10 @@ def _heads(query: int, kv: int, head_dim: int) -> dict[str, int]:
     }
 
 
+def _wide_heads(query: int, kv: int, head_dim: int) -> dict[str, int]:
+    return {**_heads(query, kv, head_dim), "hidden_size": 256, "intermediate_size": 512}
+
+
 _MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("Llama", _heads(6, 2, 64)),
     "llama-llama3": ("Llama", {**_heads(4, 1, 128), "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
@@ -58,14 +63,19 @@ _MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "qwen3-yarn": ("Qwen3", {**_heads(4, 2, 96), "rope_parameters": YARN_ROPE, "attention_bias": True}),
 }
 NAMES: list[str] = list(_MODELS)
+WIDE: dict[str, tuple[str, dict[str, object]]] = {
+    "wide-qwen3": ("Qwen3", _wide_heads(4, 2, 64)),
+    "wide-qwen2": ("Qwen2", _wide_heads(3, 1, 128)),
+}
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name`, one of NAMES, in float32 with its tokenizer to `folder`; returns the folder."""
+    """Write the checkpoint `name`, of NAMES or WIDE, in float32 with its tokenizer to `folder`; returns the folder."""
     import torch
     import transformers
 
-    family, settings = _MODELS[name]
+    models = _MODELS | WIDE
+    family, settings = models[name]
     if "rope_parameters" in settings and transformers.__version__ < "5":
         rope = dict(settings["rope_parameters"])
         settings = {**settings, "rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
@@ -79,7 +89,7 @@ def make(name: str, folder: Path) -> Path:
         **settings,
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    generator = torch.Generator().manual_seed(NAMES.index(name))
+    generator = torch.Generator().manual_seed(list(models).index(name))
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

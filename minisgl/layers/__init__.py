@@ -1,4 +1,4 @@
-"""Weights plus one kernel call each. A layer is a callable: `Linear(...)(x)`.
+"""Weights plus one kernel call each.
 
 Layers are made with `empty`, which allocates a parameter of a given shape in the model's dtype on its device.
 `targets()` names what a checkpoint fills: its tensor names, relative to the layer, and the parameter rows they go to.

@@ -22,10 +22,6 @@ class Linear:
         self.weight = empty(rows, in_features)
         self.bias = empty(rows) if bias else None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x  # [T, I] -> [T, O]."""
-        return self.ops.linear(x, self.weight, self.bias)
-
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, I] -> silu(first half of y) * second half  # [T, O / 2]."""
         return self.ops.gated(x, self.weight, self.bias)

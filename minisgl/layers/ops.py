@@ -6,7 +6,7 @@ kernels. Does not know layers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,14 +30,16 @@ class Ops(NamedTuple):
     linear: y = x W^T + b. heads: `rotary_store` of y, which is q, k and v. gated: silu(first half of y) * second half.
     add_linear: add y to the residual, its first argument, in place; or return what the norm that reads both has to add:
     y, or parts of it  # [S, M, N] fp32.
-    matmul_rows: with the weights of qkv and of gate and up, and a number of tokens: see `Decoder.matmul_rows`.
+    prefill_rows: of the weights of qkv and of gate and up, and of the most rows of a step: numbers of rows with which
+    `heads` and `gated` together run all kernels that they have for many rows alone.
     """
 
     linear: Linear
     heads: Callable[..., torch.Tensor]
     gated: Linear
     add_linear: AddLinear
-    matmul_rows: Callable[[torch.Tensor, torch.Tensor, int], list[int]]
+    linear_borders: Callable[[torch.dtype, torch.device], list[int]]  # numbers of rows above which it is compiled anew
+    prefill_rows: Callable[[torch.Tensor, torch.Tensor, int], list[int]]
     attention_decode: Callable[..., None]
     attention_prefill: Callable[..., None]
     query_block: Callable[[int, torch.device, torch.dtype], int]
@@ -106,37 +108,25 @@ def _invariant_added(
     return invariant_matmul(x, weight, bias)
 
 
-def _invariant_heads(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    rotary: Rotary,
-) -> torch.Tensor:
-    return rotary_store(invariant_matmul(x, weight, bias), positions, slots, k_cache, v_cache, rotary)
+def _invariant_heads(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *stored: Any) -> torch.Tensor:
+    return rotary_store(invariant_matmul(x, weight, bias), *stored)
 
 
 def _invariant_gated(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return silu_mul(invariant_matmul(x, weight, bias))
 
 
-def _fastest_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> list[int]:
-    device = qkv.device
+def _fastest_borders(dtype: torch.dtype, device: torch.device) -> list[int]:
     if device.type != "cuda":
         return []
-    rows = {border + 1 for border in row_borders(qkv.dtype, device) if border < FEW_ROWS}
-    if hopper := hopper_module("matmul_sm90", device):
-        rows.update(border + 1 for border in hopper.row_borders())
-    if hopper := hopper_module("prefill_matmul_sm90", device):
-        rows.update(hopper.fewest_rows(qkv, gate_up, most))
-    return sorted(count for count in rows if count <= most)
+    borders = {border for border in row_borders(dtype, device) if border < FEW_ROWS}
+    hopper = hopper_module("matmul_sm90", device)
+    return sorted(borders | set(hopper.row_borders() if hopper else ()))
 
 
-def _invariant_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> list[int]:
-    return [border + 1 for border in row_borders(qkv.dtype, qkv.device) if border < most]
+def _fastest_prefill_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> list[int]:
+    hopper = hopper_module("prefill_matmul_sm90", qkv.device)
+    return sorted(hopper.fewest_rows(qkv, gate_up, most)) if hopper else []
 
 
 FASTEST = Ops(
@@ -144,7 +134,8 @@ FASTEST = Ops(
     heads=_fastest_heads,
     gated=_fastest_gated,
     add_linear=_fastest_added,
-    matmul_rows=_fastest_rows,
+    linear_borders=_fastest_borders,
+    prefill_rows=_fastest_prefill_rows,
     attention_decode=attention_decode,
     attention_prefill=attention_prefill,
     query_block=query_block,
@@ -155,7 +146,8 @@ INVARIANT = Ops(
     heads=_invariant_heads,
     gated=_invariant_gated,
     add_linear=_invariant_added,
-    matmul_rows=_invariant_rows,
+    linear_borders=row_borders,
+    prefill_rows=lambda qkv, gate_up, most: [],
     attention_decode=invariant_decode,
     attention_prefill=invariant_prefill,
     query_block=invariant_query_block,

@@ -140,23 +140,31 @@ class Decoder:
         short.norms_after = [self.norms_after[place] for place in places]
         return short
 
-    def matmul_rows(self, most: int) -> list[int]:
-        """Numbers of rows, up to `most`, with which `run_matmuls` runs every kernel of steps of up to `most` tokens."""
-        layer = self.layers[0]
-        return self.ops.matmul_rows(layer.attention.qkv.weight, layer.mlp.gate_up.weight, most)
-
     def run_matmuls(self, num_rows: int, kv: KVCache) -> None:
         """Run each kind of matmul on rows of zeros, and the norms that may find parts of one, so that their kernels for
         so many rows are compiled. `kv` stays as it is."""
         layer = self.layers[0]
-        qkv, o, gate_up, down = layer.attention.qkv, layer.attention.o, layer.mlp.gate_up, layer.mlp.down
-        x, heads, gated = (linear.weight.new_zeros(num_rows, linear.weight.shape[1]) for linear in (qkv, o, down))
-        first = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
-        layer.attention.heads(x, first, torch.full_like(first, -1), kv.keys[0], kv.values[0], self.cos_sin)
+        o, down = layer.attention.o, layer.mlp.down
+        x, heads, gated = (
+            weight.new_zeros(num_rows, weight.shape[1]) for weight in (self.lm_head, o.weight, down.weight)
+        )
+        self._run_wide_matmuls(x, kv)
         layer.mlp_norm.of_sum(o(heads, x), x)
-        gate_up.gated(x)
         self.norms_after[0].of_sum(down(gated, x), x)
         self.logits(x)
+
+    def run_prefill_matmuls(self, most_rows: int, kv: KVCache) -> None:
+        """The same for what has kernels of its own for many rows, up to so many."""
+        layer = self.layers[0]
+        for num_rows in self.ops.prefill_rows(layer.attention.qkv.weight, layer.mlp.gate_up.weight, most_rows):
+            self._run_wide_matmuls(self.lm_head.new_zeros(num_rows, self.lm_head.shape[1]), kv)
+
+    def _run_wide_matmuls(self, x: torch.Tensor, kv: KVCache) -> None:
+        """Those that read hidden states x  # [T, hidden]."""
+        layer = self.layers[0]
+        first = torch.zeros(len(x), dtype=torch.int32, device=self.device)
+        layer.attention.heads(x, first, torch.full_like(first, -1), kv.keys[0], kv.values[0], self.cos_sin)
+        layer.mlp.gate_up.gated(x)
 
     def _decode(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """`forward` for a small batch of decodes: norms, gates and additions are part of the matmuls."""
