@@ -61,7 +61,8 @@ class Rule(NamedTuple):
     tile: Tile
 
 
-# By architecture; the first rule that holds counts. For 2-byte types.
+# By architecture; the first rule that holds counts. For 2-byte types; in the interpreter, where a program takes long
+# whatever it does, for all.
 RULES: dict[str, tuple[Rule, ...]] = {
     "sm_90": (
         Rule(1, 32768, 1024, Tile(4, 512, 1, 1, 3)),
@@ -83,7 +84,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(16, 65536, ANY, Tile(64, 128, 2, 4, 0)),
         Rule(16, ANY, ANY, Tile(32, 128, 1, 5, 0)),
     ),
-    "cpu": (Rule(1, ANY, ANY, Tile(8, 512, 4, 1, 2)), Rule(16, ANY, ANY, Tile(32, 128, 4, 1, 0))),
+    "cpu": (Rule(1, ANY, ANY, Tile(32, 512, 4, 1, 2)), Rule(16, ANY, ANY, Tile(32, 128, 4, 1, 0))),
 }
 # An architecture without rules.
 SAFE_RULES = (Rule(1, ANY, ANY, Tile(4, 1024, 4, 1, 1)), Rule(16, ANY, ANY, Tile(16, 128, 4, 2, 0)))
@@ -357,7 +358,8 @@ def _mma_kernel(
 
 
 def _rules(dtype: torch.dtype, device: torch.device) -> tuple[Rule, ...]:
-    return FP32_RULES if dtype.itemsize > 2 else RULES.get(architecture(device), SAFE_RULES)
+    name = architecture(device)
+    return FP32_RULES if dtype.itemsize > 2 and name != "cpu" else RULES.get(name, SAFE_RULES)
 
 
 def _rule(rows: int, weight: torch.Tensor) -> Rule:
