@@ -4,8 +4,10 @@
     heads_matmul    q, k, v = x W^T + b; q and k normed and rotated, k and v stored     (as `rotary_store` behind one)
 
 Legend: M rows (tokens), K inputs, N outputs, H query heads, G KV heads, D head dim. x  # [M, K]; weight  # [2N, K] or
-[(H + 2G) * D, K]; bias  # of its rows. Bound by matmul: 2 M K flops for each row of the weight. Torch's matmul alone is
-as fast or up to 4% faster; but what follows it reads and writes all that it wrote, and here that is gone.
+[(H + 2G) * D, K]; bias  # of its rows. Bound by matmul: 2 M K flops for each row of the weight. What follows a matmul
+reads and writes all that it wrote, which here is gone: on an H200 at 8,448 rows, gate and up of Qwen3-0.6B take 172 us
+in a graph and qkv 139; torch's matmuls with the kernels behind them 202 and 156, without them 164 and 108. So it takes
+prompts 7% faster; Qwen3-8B only 0.4%, though its launches timed alone gain 3%.
 
 A tile is 128 rows of x and 256 of the weight. One program for each multiprocessor takes tile after tile. A producer,
 one warp, copies blocks of 64 inputs to a ring in shared memory by TMA; two consumer groups of four warps have 64 rows
