@@ -40,7 +40,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minisgl.kernels.hopper import async_load, async_store, barrier
-from minisgl.kernels.launch import cdiv, check, check_same, num_multiprocessors
+from minisgl.kernels.launch import cdiv, check_same, num_multiprocessors
 from minisgl.kernels.matmul_sm90 import (
     BLOCK_K,
     LAYOUT,
@@ -413,11 +413,14 @@ def _fills(rows: int, outputs: int, width: int, device: torch.device) -> bool:
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     rows, inputs = x.shape
-    check(rows >= BLOCK_M.value, f"x: expected at least {BLOCK_M.value} rows, got {rows}")
-    check(weight.shape[1] == inputs, f"weight: expected [N, {inputs}], got {list(weight.shape)}")
+    if rows < BLOCK_M.value:
+        raise ValueError(f"x: expected at least {BLOCK_M.value} rows, got {rows}")
+    if weight.shape[1] != inputs:
+        raise ValueError(f"weight: expected [N, {inputs}], got {list(weight.shape)}")
     check_same("weight", weight, device=x.device, dtype=x.dtype)
     if bias is not None:
-        check(bias.shape == weight.shape[:1], f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
         check_same("bias", bias, device=x.device, dtype=x.dtype)
 
 

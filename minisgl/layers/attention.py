@@ -90,7 +90,8 @@ class Attention:
         cos_sin: torch.Tensor,
     ) -> torch.Tensor:
         """Of x  # [T, hidden] the queries  # [T, H, D] that attention reads; keys and values are stored."""
-        return self.qkv.heads(x, positions, slots, k_cache, v_cache, self._rotary(cos_sin))
+        weight, bias, rotary = self.qkv.weight, self.qkv.bias, self._rotary(cos_sin)
+        return self.ops.heads(x, weight, bias, positions, slots, k_cache, v_cache, rotary)
 
     def decode(
         self,

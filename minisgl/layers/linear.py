@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 
-from minisgl.kernels.rotary import Rotary
 from minisgl.kernels.skinny_matmul import Stream, matmul_into, normed_matmul, skinny_matmul
 from minisgl.layers import Empty, Target
 from minisgl.layers.ops import Ops
@@ -25,18 +24,6 @@ class Linear:
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         """x  # [T, I] -> silu(first half of y) * second half  # [T, O / 2]."""
         return self.ops.gated(x, self.weight, self.bias)
-
-    def heads(
-        self,
-        x: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        rotary: Rotary,
-    ) -> torch.Tensor:
-        """x  # [T, I] -> q  # [T, H, D], rotated; y are q, k and v, which are stored. The rest as in `rotary_store`."""
-        return self.ops.heads(x, self.weight, self.bias, positions, slots, k_cache, v_cache, rotary)
 
     def of_stream(self, stream: Stream, *, gated: bool = False) -> torch.Tensor:
         """The stream normed, times the weight  # [M, D] -> [M, O], or [M, O / 2] behind a gate; M is small."""
