@@ -484,6 +484,8 @@ def heads_matmul(
     num_heads = check_heads("weight", weight.shape[0], x, k_cache, v_cache, rotary)
     (rows, inputs), (kv_heads, head_dim) = x.shape, k_cache.shape[2:]
     check_tokens(rows, x.device, positions, slots)
+    if (rotary.q_norm is None) != (rotary.k_norm is None):
+        raise ValueError("k_norm: expected with q_norm, or neither")
     q = torch.empty(rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
     _heads_matmul[_programs(x, weight.shape[0], BLOCK_N.value)](
         _rows_descriptor(x, BLOCK_K.value),

@@ -175,6 +175,7 @@ def test_the_rows_at_which_all_of_them_run(monkeypatch):
         ("slots", lambda a: a.update(slots=a["slots"].long())),
         ("k_cache", lambda a: a.update(k_cache=a["k_cache"].float())),
         ("v_cache", lambda a: a.update(v_cache=a["v_cache"][:1])),
+        ("k_norm", lambda a: a.update(rotary=a["rotary"]._replace(k_norm=None))),
     ],
 )
 def test_refuses_bad_arguments(name, change):
