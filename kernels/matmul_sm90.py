@@ -453,7 +453,7 @@ def row_borders() -> list[int]:
 
 
 @lru_cache(maxsize=4096)  # 5 us each, and each weight has the same in every step
-def weight_descriptor(
+def _weight_descriptor(
     pointer: int, dtype: torch.dtype, rows: int, inputs: int, stride: int, box: int, gated: bool
 ) -> TensorDescriptor:
     base = Address(pointer, dtype)
@@ -463,6 +463,11 @@ def weight_descriptor(
     shape = [rows // 2 // pair, 2, pair, inputs]
     strides = [pair * stride, rows // 2 * stride, stride, 1]
     return TensorDescriptor(base, shape, strides, [box // (2 * pair), 2, pair, BLOCK_K.value], PAIRS_LAYOUT.value)
+
+
+def weight_descriptor(weight: torch.Tensor, box: int, gated: bool) -> TensorDescriptor:
+    """What `load_weights` copies `box` rows of the weight  # [N, K] by; in pairs if it is gated."""
+    return _weight_descriptor(weight.data_ptr(), weight.dtype, *weight.shape, weight.stride(0), box, gated)
 
 
 def num_registers(tile: Tile) -> tuple[int, int]:
@@ -501,13 +506,12 @@ def matmul_sm90(
         y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     box = SMALL_BOX if tile.groups == 1 else tile.rows
     check(rows >= box, f"x: expected at least {box} rows for this tile, got {rows}")
-    memory = weight.data_ptr(), weight.dtype, weight.shape[0], inputs, weight.stride(0)
     blocks = cdiv(inputs, BLOCK_K.value)
     consumer_registers, registers = num_registers(tile)
     _matmul_sm90[programs](
         TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [box, BLOCK_K.value], LAYOUT.value),
-        weight_descriptor(*memory, tile.block_n, gated),
-        weight_descriptor(*memory, tile.tail_n, gated) if tile.tail_n else None,
+        weight_descriptor(weight, tile.block_n, gated),
+        weight_descriptor(weight, tile.tail_n, gated) if tile.tail_n else None,
         bias,
         y,
         rows,

@@ -404,10 +404,14 @@ def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def _num_tiles(rows: int, outputs: int, width: int) -> int:
+    return cdiv(rows, BLOCK_M.value) * cdiv(outputs, width)
+
+
 def _fills(rows: int, outputs: int, width: int, device: torch.device) -> bool:
     """Whether tiles of `width` outputs keep the multiprocessors busy."""
     processors = num_multiprocessors(device)
-    turns = cdiv(cdiv(rows, BLOCK_M.value) * cdiv(outputs, width), processors)
+    turns = cdiv(_num_tiles(rows, outputs, width), processors)
     return outputs >= width and rows * outputs >= MIN_FILL * turns * processors * BLOCK_M.value * width
 
 
@@ -428,14 +432,8 @@ def _rows_descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [ROWS.value, columns], LAYOUT.value)
 
 
-def _weight_descriptor(weight: torch.Tensor, gated: bool) -> TensorDescriptor:
-    return weight_descriptor(
-        weight.data_ptr(), weight.dtype, weight.shape[0], weight.shape[1], weight.stride(0), BLOCK_N.value, gated
-    )
-
-
 def _programs(x: torch.Tensor, outputs: int, width: int) -> tuple[int]:
-    return (min(cdiv(x.shape[0], BLOCK_M.value) * cdiv(outputs, width), num_multiprocessors(x.device)),)
+    return (min(_num_tiles(x.shape[0], outputs, width), num_multiprocessors(x.device)),)
 
 
 def gated_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -449,7 +447,7 @@ def gated_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     _gated_matmul[_programs(x, outputs, PART.value)](
         _rows_descriptor(x, BLOCK_K.value),
-        _weight_descriptor(weight, gated=True),
+        weight_descriptor(weight, BLOCK_N.value, gated=True),
         _rows_descriptor(y, PART.value),
         bias,
         rows,
@@ -489,7 +487,7 @@ def heads_matmul(
     q = torch.empty(rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
     _heads_matmul[_programs(x, weight.shape[0], BLOCK_N.value)](
         _rows_descriptor(x, BLOCK_K.value),
-        _weight_descriptor(weight, gated=False),
+        weight_descriptor(weight, BLOCK_N.value, gated=False),
         bias,
         q,
         positions,

@@ -5,14 +5,13 @@ from minisgl.kernels import prefill_matmul_sm90 as module
 from minisgl.kernels.matmul_sm90 import MAX_ROWS
 from minisgl.kernels.prefill_matmul_sm90 import fewest_rows, fits_gated, fits_heads, gated_matmul, heads_matmul
 from minisgl.kernels.rms_norm import rms_norm
-from minisgl.kernels.rotary import Rotary, rotary_store_reference
+from minisgl.kernels.rotary import rotary_store_reference
 from minisgl.kernels.silu_mul import silu_mul_reference
+from tests.kernels import test_rotary as rotary_problems
 from tests.kernels.matmul_problems import check_chain, make_problem
-from tests.kernels.test_rotary import EPS, angles
 
 HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
-PAGE_SIZE = 16
 ROWS = (128, 129, 300, 3000)  # of the last a program has several tiles
 HEADS = ((16, 8, 128), (2, 1, 128), (14, 2, 64))  # query heads, KV heads, head dim
 
@@ -28,23 +27,16 @@ def poisoned_output(monkeypatch):
 
 
 def make_heads(rows, shape, inputs, dtype=torch.bfloat16, device="cuda", with_norm=True):
-    """Arguments of heads_matmul, with caches full of NaN and distinct slots, some of them -1."""
+    """Arguments of heads_matmul; from the positions on those of rotary_store."""
+    _, *stored = rotary_problems.make(rows, *shape, device, dtype, with_norm)
     heads, kv_heads, head_dim = shape
-    x, weight, bias = make_problem(rows, (heads + 2 * kv_heads) * head_dim, inputs, device, dtype)
-    pages = rows // PAGE_SIZE + 2
-    slots = torch.randperm(pages * PAGE_SIZE, device=device)[:rows].int()
-    slots[::5] = -1
-    caches = [torch.full((pages, PAGE_SIZE, kv_heads, head_dim), torch.nan, device=device, dtype=dtype) for _ in "kv"]
-    positions = torch.randint(0, 500, (rows,), device=device, dtype=torch.int32)
-    norms = [torch.randn(head_dim, device=device, dtype=dtype) if with_norm else None for _ in "qk"]
-    return x, weight, bias, positions, slots, *caches, Rotary(angles(500, head_dim, torch.device(device)), *norms, EPS)
+    return *make_problem(rows, (heads + 2 * kv_heads) * head_dim, inputs, device, dtype), *stored
 
 
-def heads_in_float64(x, weight, bias, positions, slots, k_cache, v_cache, rotary):
+def heads_in_float64(x, weight, bias, *stored):
     qkv = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    caches = k_cache.double(), v_cache.double()
-    rotary = Rotary(*(part.double() if isinstance(part, torch.Tensor) else part for part in rotary))
-    return rotary_store_reference(qkv, positions, slots, *caches, rotary), *caches
+    args = rotary_problems.in_float64((qkv, *stored))
+    return rotary_store_reference(*args), *args[3:5]
 
 
 def assert_stored(assert_close, cache, expected):
