@@ -94,7 +94,13 @@ TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
         (WHOLE, 64, 6336): Tile(1, 64, 32, 16, 12),
         (WHOLE, 64, 8448): Tile(1, 64, 64, 0, 8),
         (WHOLE, 128, 4224): Tile(1, 64, 64, 0, 8),
-        (WHOLE, 256, 4224): Tile(1, 64, 128, 0, 8),
+        (WHOLE, 128, 6336): Tile(2, 64, 32, 16, 8),
+        (WHOLE, 128, 8448): Tile(2, 64, 64, 0, 8),
+        (WHOLE, 128, 10560): Tile(2, 64, 64, 16, 7),
+        (WHOLE, 192, 4224): Tile(1, 64, 128, 0, 8),
+        (WHOLE, 192, 6336): Tile(1, 64, 128, 16, 6),
+        (WHOLE, 256, 4224): Tile(2, 64, 64, 0, 8),
+        (WHOLE, 256, 6336): Tile(2, 64, 64, 32, 7),
         (GATED, 64, 4224): Tile(1, 64, 64, 0, 8),
         (GATED, 64, 6336): Tile(1, 64, 64, 32, 8),
         (GATED, 64, 8448): Tile(1, 64, 128, 0, 8),
@@ -249,16 +255,53 @@ def split_pairs(sums):
 def gate_up(gate, up, dtype: gl.constexpr):
     """silu(gate) * up of fp32 sums, which are rounded where kernels apart would round them."""
     gate = gate.to(dtype).to(gl.float32)
-    silu = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
-    return (silu * up.to(dtype).to(gl.float32)).to(dtype)
+    # gate / (1 + exp(-gate)) in five instructions: without care for subnormal numbers, of which dtype has none to show.
+    silu = gl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.f32 t, $1, 0fBFB8AA3B;  // -log2(e)
+        ex2.approx.ftz.f32 t, t;
+        add.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 t, t;
+        mul.f32 $0, $1, t;
+        }""",
+        "=r,r",
+        [gate],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return (silu.to(dtype).to(gl.float32) * up.to(dtype).to(gl.float32)).to(dtype)
+
+
+@gluon.jit
+def _store_lines(y, buffer, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
+    """Store y  # [rows, columns], 16 bytes a thread, by way of a buffer of rows of x that nothing reads any more."""
+    ROWS: gl.constexpr = y.shape[0]
+    COLUMNS: gl.constexpr = y.shape[1]
+    if COLUMNS < BLOCK_K:
+        SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS > 8 else 0
+        NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
+        target = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], NARROW)
+    else:
+        target = buffer
+    target.store(y)
+    barrier()
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+    columns = output + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], target.load(layout), (columns < N)[None, :])
 
 
 @gluon.jit
 def _store(
-    acc, first_row, output, place, M, N, bias_ptr, y_ptr,
+    acc, ring, first_row, output, place, M, N, bias_ptr, y_ptr,
+    BUFFER: gl.constexpr, GROUPS: gl.constexpr,
     HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr, IS_PARTS: gl.constexpr,
 ):  # fmt: skip
-    """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs."""
+    """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs.
+    BUFFER: the group's first of x to store y by; y is 128 columns or fewer, a buffer has 64."""
     ROWS: gl.constexpr = acc.shape[0]
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     if IS_GATED:
@@ -275,11 +318,17 @@ def _store(
         y = gate_up(sums, up, dtype)
     else:
         y = sums.to(dtype)
-    if IS_PARTS:
+    if IS_PARTS:  # as they are: what a warp stores of fp32 are whole sectors of memory
         y_ptr += place.part.to(gl.int64) * M * N
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
-    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
-    gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=is_output[None, :])
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
+        rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+        gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=is_output[None, :])
+    elif y.shape[1] > BLOCK_K:
+        left, right = y.reshape([ROWS, 2, BLOCK_K]).permute((0, 2, 1)).split()
+        _store_lines(left, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
+        _store_lines(right, ring.x.index(BUFFER + GROUPS), first_row, output + BLOCK_K, M, N, y_ptr, BOX)
+    else:
+        _store_lines(y, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
 
 
 @gluon.jit
@@ -324,10 +373,16 @@ def _consume(
     if TAIL:
         acc, tail = warpgroup_mma_wait(0, [acc, tail])
         tail_output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
-        _store(tail, first_row, tail_output, place, M, N, bias_ptr, y_ptr, HAS_BIAS, BOX, IS_GATED, IS_PARTS)
+        _store(
+            tail, ring, first_row, tail_output, place, M, N, bias_ptr, y_ptr,
+            GROUP + 2 * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
+        )  # fmt: skip
     else:
         acc = warpgroup_mma_wait(0, [acc])
-    _store(acc, first_row, place.output, place, M, N, bias_ptr, y_ptr, HAS_BIAS, BOX, IS_GATED, IS_PARTS)
+    _store(
+        acc, ring, first_row, place.output, place, M, N, bias_ptr, y_ptr,
+        GROUP, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["M"])
