@@ -255,7 +255,7 @@ def split_pairs(sums):
 def gate_up(gate, up, dtype: gl.constexpr):
     """silu(gate) * up of fp32 sums, which are rounded where kernels apart would round them."""
     gate = gate.to(dtype).to(gl.float32)
-    # gate / (1 + exp(-gate)) in five instructions: without care for subnormal numbers, of which dtype has none to show.
+    # gate / (1 + exp(-gate)) in five instructions; a gate below -87, whose silu is above -1e-36, may give 0.
     silu = gl.inline_asm_elementwise(
         """{
         .reg .f32 t;
@@ -279,19 +279,30 @@ def _store_lines(y, buffer, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
     """Store y  # [rows, columns], 16 bytes a thread, by way of a buffer of rows of x that nothing reads any more."""
     ROWS: gl.constexpr = y.shape[0]
     COLUMNS: gl.constexpr = y.shape[1]
-    if COLUMNS < BLOCK_K:
-        SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS > 8 else 0
-        NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
-        target = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], NARROW)
-    else:
-        target = buffer
+    BITS: gl.constexpr = y.dtype.primitive_bitwidth
+    LINE: gl.constexpr = COLUMNS * BITS // 8  # bytes; a buffer has 128
+    LINES: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=LINE if LINE > 16 else 0, element_bitwidth=BITS, rank=2
+    )
+    target = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], LINES)
     target.store(y)
     barrier()
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 128 // BITS], [512 // LINE, LINE // 16], [4, 1], [1, 0])
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
     columns = output + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], target.load(layout), (columns < N)[None, :])
+
+
+@gluon.jit
+def _halve(pieces):
+    """Each of some pieces  # [rows, columns] in two, left and right."""
+    ROWS: gl.constexpr = pieces[0].shape[0]
+    HALF: gl.constexpr = pieces[0].shape[1] // 2
+    halves = ()
+    for index in gl.static_range(len(pieces)):
+        halves += pieces[index].reshape([ROWS, 2, HALF]).permute((0, 2, 1)).split()
+    return halves
 
 
 @gluon.jit
@@ -301,8 +312,7 @@ def _store(
     HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr, IS_PARTS: gl.constexpr,
 ):  # fmt: skip
     """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs.
-    BUFFER: the group's first of x to store y by; y is 128 columns or fewer, a buffer has 64."""
-    ROWS: gl.constexpr = acc.shape[0]
+    BUFFER: the group's first of x to store y by, in pieces of 128 bytes a row."""
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     if IS_GATED:
         sums, up = split_pairs(acc)
@@ -318,17 +328,15 @@ def _store(
         y = gate_up(sums, up, dtype)
     else:
         y = sums.to(dtype)
-    if IS_PARTS:  # as they are: what a warp stores of fp32 are whole sectors of memory
+    if IS_PARTS:
         y_ptr += place.part.to(gl.int64) * M * N
-        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
-        rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
-        gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=is_output[None, :])
-    elif y.shape[1] > BLOCK_K:
-        left, right = y.reshape([ROWS, 2, BLOCK_K]).permute((0, 2, 1)).split()
-        _store_lines(left, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
-        _store_lines(right, ring.x.index(BUFFER + GROUPS), first_row, output + BLOCK_K, M, N, y_ptr, BOX)
-    else:
-        _store_lines(y, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
+    pieces = (y,)
+    for _ in gl.static_range(2):
+        if pieces[0].shape[1] * y.dtype.primitive_bitwidth > BLOCK_K * 16:  # than a buffer's row
+            pieces = _halve(pieces)
+    for index in gl.static_range(len(pieces)):
+        column = output + index * pieces[0].shape[1]
+        _store_lines(pieces[index], ring.x.index(BUFFER + index * GROUPS), first_row, column, M, N, y_ptr, BOX)
 
 
 @gluon.jit
@@ -375,7 +383,7 @@ def _consume(
         tail_output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
         _store(
             tail, ring, first_row, tail_output, place, M, N, bias_ptr, y_ptr,
-            GROUP + 2 * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
+            GROUP + (STAGES - 1) * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
         )  # fmt: skip
     else:
         acc = warpgroup_mma_wait(0, [acc])
