@@ -21,6 +21,11 @@ with the tile's weights (wgmma). What it is made for:
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
+- Between the last block of one matmul and the first of the next, memory has nothing to do, and the end of a tile is on
+  that way: y goes 16 bytes a thread, by way of a buffer of x (not so parts, whose fp32 sums fill sectors as they are:
+  through a buffer, a layer of Qwen3-0.6B takes 1% longer), and the gate divides in one instruction.
+In the middle of a tile these kernels are at the limits: of a gate and up of Qwen3-8B, 4.3 TB/s of weights at 64 rows,
+4.1 at 128, 676 TFLOP/s at 192, 745 at 256 on an H200. Start and end are another 6, 8, 9 and 10 us.
 Where torch is faster (most whole widths above 64 rows), there is no tile. Tried without gain on an H200:
 - copies shared by clusters of two, which Gluon can say from Triton 3.9 on;
 - weights asked for in L2 by pages of DRAM, ahead of the ring: two to three times as slow;
@@ -28,7 +33,9 @@ Where torch is faster (most whole widths above 64 rows), there is no tile. Tried
   next matmul divides. A layer of Qwen3-8B without attention takes 131 us in place of 111 at 64 rows, and 139 in place
   of 124 at 128: what the last programs do is on the way of all, and a norm runs while the next ring fills;
 - a norm at the head of the matmul that reads it: each program norms a row and waits for the others while its ring
-  fills. A layer without attention takes 9 to 12% longer for Qwen3-0.6B, 2 to 3% for 8B and 14B (32 to 128 rows);
+  fills. A layer without attention takes about 1% longer for Qwen3-8B and 14B (64 to 128 rows), for 0.6B 5% at 64 rows,
+  3% less to 1% more at 96 and 128, and 2 to 8% at 192 and 256. With rows given to programs as they come, or with flags
+  in place of the end of the kernel before, it takes 1 to 5% more than that;
 - o, norm, gate, down and norm in one kernel that stays, with barriers over the grid and a ring that takes the next
   matmul's weights meanwhile: Qwen3-8B 134 us in place of 122 at 128 rows, Qwen3-0.6B 24 for 25 at 64, 29 for 28 at 128;
 - the end of a matmul asks for the start of the next one's weights in L2: level or slower at every shape;
@@ -279,30 +286,19 @@ def _store_lines(y, buffer, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
     """Store y  # [rows, columns], 16 bytes a thread, by way of a buffer of rows of x that nothing reads any more."""
     ROWS: gl.constexpr = y.shape[0]
     COLUMNS: gl.constexpr = y.shape[1]
-    BITS: gl.constexpr = y.dtype.primitive_bitwidth
-    LINE: gl.constexpr = COLUMNS * BITS // 8  # bytes; a buffer has 128
-    LINES: gl.constexpr = gl.NVMMASharedLayout(
-        swizzle_byte_width=LINE if LINE > 16 else 0, element_bitwidth=BITS, rank=2
-    )
-    target = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], LINES)
+    if COLUMNS < BLOCK_K:
+        SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS > 8 else 0
+        NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
+        target = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], NARROW)
+    else:
+        target = buffer
     target.store(y)
     barrier()
-    layout: gl.constexpr = gl.BlockedLayout([1, 128 // BITS], [512 // LINE, LINE // 16], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
     columns = output + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], target.load(layout), (columns < N)[None, :])
-
-
-@gluon.jit
-def _halve(pieces):
-    """Each of some pieces  # [rows, columns] in two, left and right."""
-    ROWS: gl.constexpr = pieces[0].shape[0]
-    HALF: gl.constexpr = pieces[0].shape[1] // 2
-    halves = ()
-    for index in gl.static_range(len(pieces)):
-        halves += pieces[index].reshape([ROWS, 2, HALF]).permute((0, 2, 1)).split()
-    return halves
 
 
 @gluon.jit
@@ -312,7 +308,8 @@ def _store(
     HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr, IS_PARTS: gl.constexpr,
 ):  # fmt: skip
     """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs.
-    BUFFER: the group's first of x to store y by, in pieces of 128 bytes a row."""
+    BUFFER: the group's first of x to store y by; y is 128 columns or fewer, a buffer has 64."""
+    ROWS: gl.constexpr = acc.shape[0]
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     if IS_GATED:
         sums, up = split_pairs(acc)
@@ -328,15 +325,17 @@ def _store(
         y = gate_up(sums, up, dtype)
     else:
         y = sums.to(dtype)
-    if IS_PARTS:
+    if IS_PARTS:  # as they are: what a warp stores of fp32 are whole sectors of memory
         y_ptr += place.part.to(gl.int64) * M * N
-    pieces = (y,)
-    for _ in gl.static_range(2):
-        if pieces[0].shape[1] * y.dtype.primitive_bitwidth > BLOCK_K * 16:  # than a buffer's row
-            pieces = _halve(pieces)
-    for index in gl.static_range(len(pieces)):
-        column = output + index * pieces[0].shape[1]
-        _store_lines(pieces[index], ring.x.index(BUFFER + index * GROUPS), first_row, column, M, N, y_ptr, BOX)
+        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
+        rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+        gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=is_output[None, :])
+    elif y.shape[1] > BLOCK_K:
+        left, right = y.reshape([ROWS, 2, BLOCK_K]).permute((0, 2, 1)).split()
+        _store_lines(left, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
+        _store_lines(right, ring.x.index(BUFFER + GROUPS), first_row, output + BLOCK_K, M, N, y_ptr, BOX)
+    else:
+        _store_lines(y, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
 
 
 @gluon.jit
@@ -383,7 +382,7 @@ def _consume(
         tail_output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
         _store(
             tail, ring, first_row, tail_output, place, M, N, bias_ptr, y_ptr,
-            GROUP + (STAGES - 1) * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
+            GROUP + 2 * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
         )  # fmt: skip
     else:
         acc = warpgroup_mma_wait(0, [acc])
