@@ -26,7 +26,7 @@ with the tile's weights (wgmma). What it is made for:
   through a buffer, a layer of Qwen3-0.6B takes 1% longer), and the gate divides in one instruction.
 In the middle of a tile these kernels are at the limits: of a gate and up of Qwen3-8B, 4.3 TB/s of weights at 64 rows,
 4.1 at 128, 676 TFLOP/s at 192, 745 at 256 on an H200. Start and end are another 6, 8, 9 and 10 us.
-Where torch is faster (most whole widths above 64 rows), there is no tile. Tried without gain on an H200:
+Where torch is faster, there is no tile. Tried without gain on an H200:
 - copies shared by clusters of two, which Gluon can say from Triton 3.9 on;
 - weights asked for in L2 by pages of DRAM, ahead of the ring: two to three times as slow;
 - norms as part of these matmuls, as in `skinny_matmul`: a tile's last program adds its parts and the residual, and the
