@@ -282,23 +282,26 @@ def gate_up(gate, up, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _store_rows(y, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
+    """Store y  # [rows, columns] of rows of x from first_row and outputs from `output`, as its threads have it."""
+    rows = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, y.type.layout))
+    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+    columns = output + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
+    gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=(columns < N)[None, :])
+
+
+@gluon.jit
 def _store_lines(y, buffer, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
-    """Store y  # [rows, columns], 16 bytes a thread, by way of a buffer of rows of x that nothing reads any more."""
-    ROWS: gl.constexpr = y.shape[0]
+    """The same with 16 bytes a thread, by way of a buffer of this group's rows of x, of which all are multiplied."""
     COLUMNS: gl.constexpr = y.shape[1]
-    if COLUMNS < BLOCK_K:
-        SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS > 8 else 0
-        NARROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
-        target = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], NARROW)
-    else:
-        target = buffer
-    target.store(y)
+    SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS > 8 else 0
+    LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
+    lines = reinterpret(buffer, y.dtype, [y.shape[0], COLUMNS], LINES)
+    barrier()  # the group's other warps have read the buffer
+    lines.store(y)
     barrier()
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
-    columns = output + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], target.load(layout), (columns < N)[None, :])
+    _store_rows(lines.load(layout), first_row, output, M, N, y_ptr, BOX)
 
 
 @gluon.jit
@@ -309,15 +312,14 @@ def _store(
 ):  # fmt: skip
     """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs.
     BUFFER: the group's first of x to store y by; y is 128 columns or fewer, a buffer has 64."""
-    ROWS: gl.constexpr = acc.shape[0]
     dtype: gl.constexpr = y_ptr.dtype.element_ty
     if IS_GATED:
         sums, up = split_pairs(acc)
     else:
         sums = acc
-    columns = output + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
-    is_output = columns < N
     if HAS_BIAS:
+        columns = output + gl.arange(0, sums.shape[1], layout=gl.SliceLayout(0, sums.type.layout))
+        is_output = columns < N
         sums += gl.load(bias_ptr + columns, mask=is_output & (place.part == 0), other=0.0).to(gl.float32)[None, :]
     if IS_GATED:
         if HAS_BIAS:
@@ -327,11 +329,9 @@ def _store(
         y = sums.to(dtype)
     if IS_PARTS:  # as they are: what a warp stores of fp32 are whole sectors of memory
         y_ptr += place.part.to(gl.int64) * M * N
-        rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, y.type.layout))
-        rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
-        gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=is_output[None, :])
+        _store_rows(y, first_row, output, M, N, y_ptr, BOX)
     elif y.shape[1] > BLOCK_K:
-        left, right = y.reshape([ROWS, 2, BLOCK_K]).permute((0, 2, 1)).split()
+        left, right = y.reshape([y.shape[0], 2, BLOCK_K]).permute((0, 2, 1)).split()
         _store_lines(left, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
         _store_lines(right, ring.x.index(BUFFER + GROUPS), first_row, output + BLOCK_K, M, N, y_ptr, BOX)
     else:
