@@ -5,7 +5,8 @@
     PARTS   y in S parts that are still to be added, where K is split over programs
 
 Legend: M rows (tokens), N outputs, K inputs, S parts. x  # [M, K]; weight  # [N, K], [2N, K] when gated; bias  # of its
-rows. Bound by memory up to about 200 rows, 2 N K bytes in bf16; by 2 M N K flops above. Sums are fp32.
+rows. Bound by memory up to about 200 rows, 2 N K bytes in bf16; by 2 M N K flops above. Sums are fp32, y and its parts
+are rounded to x's dtype.
 
 A program has one tile: some rows of x, some of the weight, and a share of K. Its producer, one warp, copies blocks of
 64 inputs to a ring in shared memory by TMA; one to three consumer groups of four warps multiply a group's rows of x
@@ -18,12 +19,13 @@ with the tile's weights (wgmma). What it is made for:
 - A tile of a narrow weight takes 64 rows of x and more of the weight, which other programs read too: what a program
   reads of both is less so, and less of it has to wait for the kernel before. With 129 to 192 rows, a step of Qwen3-0.6B
   is 1.2% shorter, and 2.4% with norms that let it start early.
-- Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch.
+- Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch. They
+  are rounded, as ranks' sums are under tensor parallelism: in fp32 a layer of Qwen3-8B or 14B takes 1 to 2% longer,
+  one of 0.6B up to 7%, for all of them are written at once and read at once.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
 - Between the last block of one matmul and the first of the next, memory has nothing to do, and the end of a tile is on
-  that way: y goes 16 bytes a thread, by way of a buffer of x (not so parts, whose fp32 sums fill sectors as they are:
-  through a buffer, a layer of Qwen3-0.6B takes 1% longer), and the gate divides in one instruction.
+  that way: y goes 16 bytes a thread, by way of a buffer of x, and the gate divides in one instruction.
 In the middle of a tile these kernels are at the limits: of a gate and up of Qwen3-8B, 4.3 TB/s of weights at 64 rows,
 4.1 at 128, 676 TFLOP/s at 192, 745 at 256 on an H200. Start and end are another 6, 8, 9 and 10 us.
 Where torch is faster, there is no tile. Tried without gain on an H200:
@@ -139,6 +141,7 @@ TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
         (PARTS, 192, 1056): Tile(1, 64, 64, 0, 10),
         (PARTS, 192, 2112): Tile(1, 64, 64, 32, 9),
         (PARTS, 192, 4224): Tile(3, 64, 64, 0, 6),
+        (PARTS, 192, 5280): Tile(3, 64, 128, 0, 5),
         (PARTS, 256, 1024): Tile(1, 64, 64, 0, 8),
         (PARTS, 256, 2112): Tile(2, 64, 64, 0, 8),
         (PARTS, 256, 4224): Tile(2, 64, 128, 0, 6),
@@ -282,33 +285,30 @@ def gate_up(gate, up, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store_rows(y, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
-    """Store y  # [rows, columns] of rows of x from first_row and outputs from `output`, as its threads have it."""
-    rows = gl.arange(0, y.shape[0], layout=gl.SliceLayout(1, y.type.layout))
-    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
-    columns = output + gl.arange(0, y.shape[1], layout=gl.SliceLayout(0, y.type.layout))
-    gl.store(y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :], y, mask=(columns < N)[None, :])
-
-
-@gluon.jit
 def _store_lines(y, buffer, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
-    """The same with 16 bytes a thread, by way of a buffer of this group's rows of x, of which all are multiplied."""
+    """Store y  # [rows, columns] of rows of x from first_row and outputs from `output`, 16 bytes a thread: by way of a
+    buffer of this group's rows of x, of which all are multiplied."""
+    ROWS: gl.constexpr = y.shape[0]
     COLUMNS: gl.constexpr = y.shape[1]
     SWIZZLE: gl.constexpr = 2 * COLUMNS if COLUMNS > 8 else 0
     LINES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE, element_bitwidth=16, rank=2)
-    lines = reinterpret(buffer, y.dtype, [y.shape[0], COLUMNS], LINES)
+    lines = reinterpret(buffer, y.dtype, [ROWS, COLUMNS], LINES)
     barrier()  # the group's other warps have read the buffer
     lines.store(y)
     barrier()
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    _store_rows(lines.load(layout), first_row, output, M, N, y_ptr, BOX)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+    columns = output + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    target = y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :]
+    gl.store(target, lines.load(layout), mask=(columns < N)[None, :])
 
 
 @gluon.jit
 def _store(
     acc, ring, first_row, output, place, M, N, bias_ptr, y_ptr,
     BUFFER: gl.constexpr, GROUPS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr, IS_PARTS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, BOX: gl.constexpr, IS_GATED: gl.constexpr,
 ):  # fmt: skip
     """Store sums  # [rows, columns] of rows of x from first_row and outputs from `output`, gated if they are pairs.
     BUFFER: the group's first of x to store y by; y is 128 columns or fewer, a buffer has 64."""
@@ -327,10 +327,8 @@ def _store(
         y = gate_up(sums, up, dtype)
     else:
         y = sums.to(dtype)
-    if IS_PARTS:  # as they are: what a warp stores of fp32 are whole sectors of memory
-        y_ptr += place.part.to(gl.int64) * M * N
-        _store_rows(y, first_row, output, M, N, y_ptr, BOX)
-    elif y.shape[1] > BLOCK_K:
+    y_ptr += place.part.to(gl.int64) * M * N
+    if y.shape[1] > BLOCK_K:
         left, right = y.reshape([y.shape[0], 2, BLOCK_K]).permute((0, 2, 1)).split()
         _store_lines(left, ring.x.index(BUFFER), first_row, output, M, N, y_ptr, BOX)
         _store_lines(right, ring.x.index(BUFFER + GROUPS), first_row, output + BLOCK_K, M, N, y_ptr, BOX)
@@ -351,7 +349,6 @@ def _consume(
     BOX: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     IS_GATED: gl.constexpr,
-    IS_PARTS: gl.constexpr,
     TAIL: gl.constexpr,
 ):
     """One consumer group: four warps, its rows of x and all of the tile's weights."""
@@ -382,13 +379,13 @@ def _consume(
         tail_output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
         _store(
             tail, ring, first_row, tail_output, place, M, N, bias_ptr, y_ptr,
-            GROUP + 2 * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
+            GROUP + 2 * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED,
         )  # fmt: skip
     else:
         acc = warpgroup_mma_wait(0, [acc])
     _store(
         acc, ring, first_row, place.output, place, M, N, bias_ptr, y_ptr,
-        GROUP, GROUPS, HAS_BIAS, BOX, IS_GATED, IS_PARTS,
+        GROUP, GROUPS, HAS_BIAS, BOX, IS_GATED,
     )  # fmt: skip
 
 
@@ -411,7 +408,6 @@ def _matmul_sm90(
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     IS_GATED: gl.constexpr,
-    IS_PARTS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -441,7 +437,7 @@ def _matmul_sm90(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
                 (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
             ],
             [1],
@@ -450,8 +446,8 @@ def _matmul_sm90(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
-                (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
+                (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
                 (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
             ],
             [4, 1],
@@ -460,9 +456,9 @@ def _matmul_sm90(
     else:
         gl.warp_specialize(
             [
-                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
-                (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
-                (_consume, (2, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, IS_PARTS, TAIL)),
+                (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
+                (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
+                (_consume, (2, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
                 (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
             ],
             [4, 4, 1],
@@ -550,8 +546,8 @@ def matmul_sm90(
     """Multiply x  # [M, K] with weight  # [N, K] and add bias  # [N], with the tile that `find_tile` gave.
 
     Returns y  # [M, N] in x's dtype, contiguous; of GATED, whose weight is [2N, K] and bias [2N], silu(first half) *
-    second half; of PARTS, where there is more than one, [S, M, N] fp32, whose sum over S is y. Raises ValueError for a
-    wrong shape, dtype or device.
+    second half; of PARTS, where there is more than one, [S, M, N], whose sum over S is y. Raises ValueError for a wrong
+    shape, dtype or device.
     """
     (rows, inputs), gated = x.shape, kind == GATED
     check(weight.shape[1] == inputs, f"weight: expected [N, {inputs}], got {list(weight.shape)}")
@@ -562,10 +558,8 @@ def matmul_sm90(
     outputs = weight.shape[0] // (1 + gated)
     programs = grid(tile, kind, rows, outputs, inputs, num_multiprocessors(x.device))
     parts = programs[2]
-    if parts > 1:
-        y = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x.device)
-    else:
-        y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    shape = (parts, rows, outputs) if parts > 1 else (rows, outputs)
+    y = torch.empty(*shape, dtype=x.dtype, device=x.device)
     box = SMALL_BOX if tile.groups == 1 else tile.rows
     check(rows >= box, f"x: expected at least {box} rows for this tile, got {rows}")
     blocks = cdiv(inputs, BLOCK_K.value)
@@ -588,7 +582,6 @@ def matmul_sm90(
         STAGES=tile.stages,
         HAS_BIAS=bias is not None,
         IS_GATED=gated,
-        IS_PARTS=parts > 1,
         CONSUMER_REGISTERS=consumer_registers,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,

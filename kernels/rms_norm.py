@@ -3,7 +3,7 @@
     residual = residual + x                              (when a residual is given; written in place)
     y = weight * residual / sqrt(mean(residual^2) + eps)
 
-Legend: T tokens, D hidden size. x, residual, y  # [T, D]; weight  # [D]. x may come in S parts  # [S, T, D] fp32, as a
+Legend: T tokens, D hidden size. x, residual, y  # [T, D]; weight  # [D]. x may come in S parts  # [S, T, D], as a
 matmul leaves them that split its inputs (`matmul_sm90`): their sum, rounded, is x.
 Bound by memory: 2 reads and 2 writes of [T, D] with the residual, 1 and 1 without.
 One program normalises one row, so a row's result does not depend on its neighbours. Sums are fp32; the sum and the
@@ -33,7 +33,7 @@ def rms_norm_reference(
 ) -> torch.Tensor:
     """The same in torch; x  # [T, D] or [S, T, D], residual  # [T, D], weight  # [D]. Updates `residual` in place."""
     if x.dim() == 3:
-        x = x.sum(0).to(weight.dtype)
+        x = x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(weight.dtype)
     if residual is not None:
         x = residual.add_(x)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -72,9 +72,10 @@ def _rms_norm_kernel(
     wait_for_previous_kernel(PDL)
     x = tl.load(x_ptr + row * x_stride + cols, mask=mask, other=0.0)
     if PARTS > 1:
+        total = x.to(tl.float32)
         for part in tl.static_range(1, PARTS):
-            x += tl.load(x_ptr + (part * num_tokens + row) * x_stride + cols, mask=mask, other=0.0)
-        x = x.to(y_ptr.dtype.element_ty)
+            total += tl.load(x_ptr + (part * num_tokens + row) * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        x = total.to(x.dtype)
     if HAS_RESIDUAL:
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(residual_row, x, mask=mask)
@@ -86,12 +87,12 @@ def _rms_norm_kernel(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
     """Normalise x  # [T, D] with weight  # [D]; with a residual  # [T, D], add x to it in place first. Instead of x its
-    parts  # [S, T, D] fp32, contiguous, S > 1.
+    parts  # [S, T, D], contiguous, S > 1.
 
     The kernel just before may write x, but not the rest, which is read ahead; and the one just behind may read ahead
     no more than weights and what a step prepared (see dependent_launch.py).
-    Returns y  # [T, D] in weight's dtype, which x without parts has too. Raises ValueError for a wrong shape, stride,
-    dtype or device.
+    Returns y  # [T, D] in weight's dtype, which x has too. Raises ValueError for a wrong shape, stride, dtype or
+    device.
     """
     if x.dim() not in (2, 3):
         raise ValueError(f"x: expected [T, D] or [S, T, D], got {list(x.shape)}")
@@ -103,7 +104,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     tokens, hidden = x.shape[-2:]
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected [{hidden}], got {list(weight.shape)}")
-    check_same("x", x, device=weight.device, dtype=torch.float32 if parts > 1 else weight.dtype)
+    check_same("x", x, device=weight.device, dtype=weight.dtype)
     if residual is not None:
         if residual.shape != x.shape[-2:]:
             raise ValueError(f"residual: expected {[tokens, hidden]}, got {list(residual.shape)}")

@@ -52,7 +52,7 @@ class SummedLinear:
         self.bias = empty(out_features) if bias else None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor | None:
-        """x  # [T, I] -> this rank's part of y  # [T, O]; or, of one rank alone, parts  # [S, T, O] fp32, or None where
+        """x  # [T, I] -> this rank's part of y  # [T, O]; or, of one rank alone, parts  # [S, T, O], or None where
         y is added to the residual  # [T, O] already. The norm that reads both adds what is returned."""
         if self.group.size == 1:
             return self.ops.add_linear(residual, x, self.weight, self.bias)

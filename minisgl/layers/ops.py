@@ -29,7 +29,7 @@ class Ops(NamedTuple):
 
     linear: y = x W^T + b. heads: `rotary_store` of y, which is q, k and v. gated: silu(first half of y) * second half.
     add_linear: add y to the residual, its first argument, in place; or return what the norm that reads both has to add:
-    y, or parts of it  # [S, M, N] fp32.
+    y, or parts of it  # [S, M, N].
     prefill_rows: of the weights of qkv and of gate and up, and of the most rows of a step: numbers of rows with which
     `heads` and `gated` together run all kernels that they have for many rows alone.
     """

@@ -23,7 +23,7 @@ def test_matches_float64(device, dtype, assert_close, tokens, hidden, with_resid
 @pytest.mark.parametrize("parts", [2, 5])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_adds_the_parts_of_a_matmul(device, dtype, assert_close, parts, with_residual):
-    x = torch.randn(parts, 7, 300, device=device)
+    x = torch.randn(parts, 7, 300, device=device, dtype=dtype)
     weight = torch.randn(300, device=device, dtype=dtype)
     residual = torch.randn(7, 300, device=device, dtype=dtype) if with_residual else None
     residual64 = residual.double() if residual is not None else None
