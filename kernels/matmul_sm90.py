@@ -15,7 +15,9 @@ with the tile's weights (wgmma). What it is made for:
   (see dependent_launch.py), so that loading begins while norms and attention still run.
 - A tile of a wide weight takes all rows of x where it can, so that a weight goes from memory to a multiprocessor once.
   Its width is such that almost all multiprocessors have one program: 96 outputs of 192 rows of the weight too, which is
-  one tile of 128 and one of 64. So most bounds of TILES are the 132 multiprocessors of an H200 times a width.
+  one tile of 128 and one of 64. So most bounds of TILES are the 132 multiprocessors of an H200 times a width; the gate
+  and up of Qwen3-14B at 129 to 192 rows are two turns of tiles of 72 outputs, level with torch's matmul and gate at 160
+  rows and 10 to 19% faster at 192.
 - A tile of a narrow weight takes 64 rows of x and more of the weight, which other programs read too: what a program
   reads of both is less so, and less of it has to wait for the kernel before. With 129 to 192 rows, a step of Qwen3-0.6B
   is 1.2% shorter, and 2.4% with norms that let it start early.
@@ -35,11 +37,13 @@ Where torch is faster, there is no tile. Tried without gain on an H200:
   next matmul divides. A layer of Qwen3-8B without attention takes 131 us in place of 111 at 64 rows, and 139 in place
   of 124 at 128: what the last programs do is on the way of all, and a norm runs while the next ring fills;
 - a norm at the head of the matmul that reads it: each program norms a row and waits for the others while its ring
-  fills. A layer without attention takes about 1% longer for Qwen3-8B and 14B (64 to 128 rows), for 0.6B 5% at 64 rows,
-  3% less to 1% more at 96 and 128, and 2 to 8% at 192 and 256. With rows given to programs as they come, or with flags
-  in place of the end of the kernel before, it takes 1 to 5% more than that;
-- o, norm, gate, down and norm in one kernel that stays, with barriers over the grid and a ring that takes the next
-  matmul's weights meanwhile: Qwen3-8B 134 us in place of 122 at 128 rows, Qwen3-0.6B 24 for 25 at 64, 29 for 28 at 128;
+  fills. A layer without attention takes 2 to 4% longer for Qwen3-8B, 7 to 13% for 0.6B; with the norm before gate and
+  up alone 0 to 2% and 4 to 5%. With rows given to programs as they come, or with flags in place of the end of the
+  kernel before, it takes 1 to 5% more than that;
+- o, norm, gate, down, norm and qkv in one kernel that stays, with barriers over the grid and a ring that takes the next
+  matmul's weights meanwhile: Qwen3-8B takes 130 us in place of 118 at 128 rows and 194 in place of 167 at 256, 0.6B 25
+  for 23 at 128, 14B 220 for 191;
+- q, k and v in parts, before anything has added them: 2% less to 1% more of a layer;
 - the end of a matmul asks for the start of the next one's weights in L2: level or slower at every shape;
 - a ring of rows with fewer blocks than that of weights, which gets more: rows are what is waited for, and a decode step
   of Qwen3-8B is 3 to 6% longer with four blocks of them, 11 to 15% with three;
@@ -77,8 +81,8 @@ MIN_ROWS, MAX_ROWS = 32, 256
 SMALL_BOX = 32  # rows of x in a copy for one group: so few there are always
 MOST_PARTS = 4  # with more, reading them takes the norm longer than the matmul gains
 MIN_PART_BLOCKS = 4  # a part has at least so many blocks of inputs
-# Above FEW_ROWS rows, a weight of more elements than SMALL_WEIGHT needs so many of the multiprocessors; and no tile may
-# wait for another.
+# Above FEW_ROWS rows, tiles of a weight of more elements than SMALL_WEIGHT, which take turns where there are more than
+# multiprocessors, need to fill so much of them.
 FEW_ROWS, SMALL_WEIGHT, MIN_FILL = 64, 1 << 23, 0.82
 LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 PAIRS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
@@ -128,6 +132,7 @@ TILES: dict[str, dict[tuple[str, int, int], Tile]] = {
         (GATED, 192, 4224): Tile(3, 64, 64, 0, 6),
         (GATED, 192, 10560): Tile(3, 64, 128, 32, 5),
         (GATED, 192, 12672): Tile(3, 64, 128, 64, 4),
+        (GATED, 192, 19008): Tile(3, 64, 128, 16, 5),
         (GATED, 256, 4224): Tile(2, 64, 64, 32, 7),
         (GATED, 256, 12672): Tile(2, 128, 128, 64, 4),
         (PARTS, 64, 2112): Tile(1, 64, 64, 0, 8),
@@ -491,7 +496,7 @@ def find_tile(x: torch.Tensor, weight: torch.Tensor, kind: str) -> Tile | None:
         return tile
     processors = num_multiprocessors(x.device)
     programs = prod(grid(tile, kind, rows, outputs, inputs, processors))
-    return tile if MIN_FILL * processors <= programs <= processors else None
+    return tile if programs >= MIN_FILL * cdiv(programs, processors) * processors else None
 
 
 def grid(tile: Tile, kind: str, rows: int, outputs: int, inputs: int, processors: int) -> tuple[int, int, int]:

@@ -161,6 +161,13 @@ def test_many_rows_of_a_large_weight_fill_the_gpu_or_are_left_to_torch(monkeypat
     assert (find_tile(weight[:128], weight, kind) is not None) == runs
 
 
+@pytest.mark.parametrize("outputs, processors, runs", [(17408, 132, True), (14336, 132, False), (17408, 114, False)])
+def test_tiles_may_take_turns_that_are_full(monkeypatch, outputs, processors, runs):
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: processors)
+    weight = torch.empty(2 * outputs, 5120, dtype=torch.bfloat16)
+    assert (find_tile(weight[:192], weight, GATED) is not None) == runs
+
+
 @pytest.mark.parametrize(
     "name, change",
     [
