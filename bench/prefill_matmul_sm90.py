@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.bench.harness import Case
+from minisgl.bench.heads_matmul_sm90 import HEAD_DIM, KV_HEADS, random, stored_heads
 from minisgl.kernels.prefill_matmul_sm90 import fits_gated, fits_heads, gated_matmul, heads_matmul
-from minisgl.kernels.rotary import Rotary, rotary_store
+from minisgl.kernels.rotary import rotary_store
 from minisgl.kernels.silu_mul import silu_mul
 
 ARCHITECTURES = ("sm_90",)
-HEAD_DIM, KV_HEADS, PAGE_SIZE, MAX_LEN = 128, 8, 64, 40_960
 MODELS = ((1024, 3072, 16), (4096, 12288, 32), (5120, 17408, 40))  # hidden and inner size, query heads
 TOKENS = (2048, 8448)
 
@@ -24,12 +24,8 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield from _heads(tokens, hidden, heads, device)
 
 
-def _random(device: torch.device, *size: int) -> torch.Tensor:
-    return torch.randn(*size, dtype=torch.bfloat16, device=device)
-
-
 def _gated(tokens: int, hidden: int, inner: int, device: torch.device) -> Iterator[Case]:
-    x, weight = _random(device, tokens, hidden), _random(device, 2 * inner, hidden)
+    x, weight = random(device, tokens, hidden), random(device, 2 * inner, hidden)
     if not fits_gated(x, weight):
         return
     yield Case(
@@ -43,17 +39,8 @@ def _gated(tokens: int, hidden: int, inner: int, device: torch.device) -> Iterat
 
 
 def _heads(tokens: int, hidden: int, heads: int, device: torch.device) -> Iterator[Case]:
-    width, pages = (heads + 2 * KV_HEADS) * HEAD_DIM, tokens // PAGE_SIZE + 1
-    x, weight = _random(device, tokens, hidden), _random(device, width, hidden)
-    stored = (
-        torch.arange(tokens, dtype=torch.int32, device=device),
-        torch.randperm(pages * PAGE_SIZE, device=device)[:tokens].int(),
-        _random(device, pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
-        _random(device, pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
-        Rotary(
-            torch.rand(MAX_LEN, HEAD_DIM, device=device), _random(device, HEAD_DIM), _random(device, HEAD_DIM), 1e-6
-        ),
-    )
+    width = (heads + 2 * KV_HEADS) * HEAD_DIM
+    x, weight, stored = random(device, tokens, hidden), random(device, width, hidden), stored_heads(tokens, device)
     if not fits_heads(x, weight, stored[2]):
         return
     yield Case(

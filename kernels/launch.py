@@ -15,7 +15,7 @@ log = logging.getLogger("minisgl")
 # Triton 3.9 warns at each start that 3.10 will round products before it adds, unless somebody says what is wanted.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-HOPPER_MODULES = "attention_prefill_sm90", "matmul_sm90", "prefill_matmul_sm90"
+HOPPER_MODULES = "attention_prefill_sm90", "heads_matmul_sm90", "matmul_sm90", "prefill_matmul_sm90"
 
 
 def use_triton(x: torch.Tensor) -> bool:

@@ -212,6 +212,13 @@ def _first_row(row, M, BOX: gl.constexpr):
 
 
 @gluon.jit
+def box_rows(first_row, M, ROWS: gl.constexpr, BOX: gl.constexpr, layout: gl.constexpr):
+    """The rows of x  # [ROWS] that a tile has from first_row on, which were copied in boxes."""
+    rows = gl.arange(0, ROWS, layout=layout)
+    return _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+
+
+@gluon.jit
 def _load_rows(x_desc, ring, stage, place, block, M, GROUPS: gl.constexpr, BOX: gl.constexpr):
     """Copy block `block` of the tile's rows of x."""
     ROWS: gl.constexpr = ring.x.shape[1]
@@ -224,7 +231,7 @@ def _load_rows(x_desc, ring, stage, place, block, M, GROUPS: gl.constexpr, BOX: 
 
 
 @gluon.jit
-def _produce(
+def produce(
     x_desc,
     weight_desc,
     tail_desc,
@@ -302,8 +309,7 @@ def _store_lines(y, buffer, first_row, output, M, N, y_ptr, BOX: gl.constexpr):
     lines.store(y)
     barrier()
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    rows = _first_row(first_row + rows // BOX * BOX, M, BOX) + rows % BOX
+    rows = box_rows(first_row, M, ROWS, BOX, gl.SliceLayout(1, layout))
     columns = output + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     target = y_ptr + rows.to(gl.int64)[:, None] * N + columns[None, :]
     gl.store(target, lines.load(layout), mask=(columns < N)[None, :])
@@ -342,6 +348,38 @@ def _store(
 
 
 @gluon.jit
+def multiply(GROUP: gl.constexpr, ring, turn, num_blocks, TAIL: gl.constexpr):
+    """Sums of a group's rows of x with the tile's weights  # [rows, BLOCK_N], and with the tail's; of blocks that are
+    in the ring from `turn` on. The last one's buffer is the caller's to give back."""
+    STAGES: gl.constexpr = ring.full.shape[0]
+    GROUPS: gl.constexpr = ring.x.shape[0] // STAGES
+    ROWS: gl.constexpr = ring.x.shape[1]
+    BLOCK_N: gl.constexpr = ring.weight.shape[1]
+    TAIL_N: gl.constexpr = ring.tail.shape[1]
+    acc = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    if TAIL:
+        tail = gl.full([ROWS, TAIL_N], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL_N, 16]))
+    for block in range(num_blocks):
+        stage = (turn + block) % STAGES
+        mbarrier.wait(ring.full.index(stage), ((turn + block) // STAGES) & 1)
+        x = ring.x.index(stage * GROUPS + GROUP)
+        acc = warpgroup_mma(x, ring.weight.index(stage).permute((1, 0)), acc, is_async=True)
+        # This block's are in flight; those of the block before have ended, and its buffer is free.
+        if TAIL:
+            tail = warpgroup_mma(x, ring.tail.index(stage).permute((1, 0)), tail, is_async=True)
+            acc, tail = warpgroup_mma_wait(2, [acc, tail])
+        else:
+            acc = warpgroup_mma_wait(1, [acc])
+        mbarrier.arrive(ring.empty.index((turn + block + STAGES - 1) % STAGES), pred=block > 0)
+    if TAIL:
+        acc, tail = warpgroup_mma_wait(0, [acc, tail])
+    else:
+        acc = warpgroup_mma_wait(0, [acc])
+        tail = acc
+    return acc, tail
+
+
+@gluon.jit
 def _consume(
     GROUP: gl.constexpr,
     ring,
@@ -357,37 +395,14 @@ def _consume(
     TAIL: gl.constexpr,
 ):
     """One consumer group: four warps, its rows of x and all of the tile's weights."""
-    STAGES: gl.constexpr = ring.full.shape[0]
-    ROWS: gl.constexpr = ring.x.shape[1]
-    BLOCK_N: gl.constexpr = ring.weight.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    acc = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout)
+    acc, tail = multiply(GROUP, ring, 0, place.num_blocks, TAIL)
+    first_row = place.token + GROUP * ring.x.shape[1]
     if TAIL:
-        TAIL_N: gl.constexpr = ring.tail.shape[1]
-        tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL_N, 16])
-        tail = gl.full([ROWS, TAIL_N], 0.0, gl.float32, tail_layout)
-    for block in range(place.num_blocks):
-        stage = block % STAGES
-        mbarrier.wait(ring.full.index(stage), (block // STAGES) & 1)
-        x = ring.x.index(stage * GROUPS + GROUP)
-        acc = warpgroup_mma(x, ring.weight.index(stage).permute((1, 0)), acc, is_async=True)
-        # This block's are in flight; those of the block before have ended, and its buffer is free.
-        if TAIL:
-            tail = warpgroup_mma(x, ring.tail.index(stage).permute((1, 0)), tail, is_async=True)
-            acc, tail = warpgroup_mma_wait(2, [acc, tail])
-        else:
-            acc = warpgroup_mma_wait(1, [acc])
-        mbarrier.arrive(ring.empty.index((block + STAGES - 1) % STAGES), pred=block > 0)
-    first_row = place.token + GROUP * ROWS
-    if TAIL:
-        acc, tail = warpgroup_mma_wait(0, [acc, tail])
-        tail_output = place.output + (BLOCK_N // 2 if IS_GATED else BLOCK_N)
+        tail_output = place.output + (acc.shape[1] // 2 if IS_GATED else acc.shape[1])
         _store(
             tail, ring, first_row, tail_output, place, M, N, bias_ptr, y_ptr,
             GROUP + 2 * GROUPS, GROUPS, HAS_BIAS, BOX, IS_GATED,
         )  # fmt: skip
-    else:
-        acc = warpgroup_mma_wait(0, [acc])
     _store(
         acc, ring, first_row, place.output, place, M, N, bias_ptr, y_ptr,
         GROUP, GROUPS, HAS_BIAS, BOX, IS_GATED,
@@ -443,7 +458,7 @@ def _matmul_sm90(
         gl.warp_specialize(
             [
                 (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
-                (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
+                (produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
             ],
             [1],
             [PRODUCER_REGISTERS],
@@ -453,7 +468,7 @@ def _matmul_sm90(
             [
                 (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
                 (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
-                (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
+                (produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -464,11 +479,34 @@ def _matmul_sm90(
                 (_consume, (0, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
                 (_consume, (1, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
                 (_consume, (2, ring, place, M, N, bias_ptr, y_ptr, GROUPS, BOX, HAS_BIAS, IS_GATED, TAIL)),
-                (_produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
+                (produce, (x_desc, weight_desc, tail_desc, ring, place, M, GROUPS, BOX, IS_GATED, TAIL)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
+
+
+def is_loadable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether TMA can copy blocks of both, which are valid for torch's matmul."""
+    return (
+        x.itemsize == 2
+        and x.stride(1) == weight.stride(1) == 1
+        and x.stride(0) % 8 == weight.stride(0) % 8 == 0
+        and x.stride(0) > 0
+        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
+    )
+
+
+def check_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, min_rows: int) -> None:
+    """Raises ValueError, naming the argument, for a wrong shape, dtype or device, or for fewer than min_rows rows;
+    x  # [M, K], weight  # [N, K], bias  # [N]."""
+    rows, inputs = x.shape
+    check(rows >= min_rows, f"x: expected at least {min_rows} rows, got {rows}")
+    check(weight.shape[1] == inputs, f"weight: expected [N, {inputs}], got {list(weight.shape)}")
+    check_same("weight", weight, device=x.device, dtype=x.dtype)
+    if bias is not None:
+        check(bias.shape == weight.shape[:1], f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
+        check_same("bias", bias, device=x.device, dtype=x.dtype)
 
 
 def find_tile(x: torch.Tensor, weight: torch.Tensor, kind: str) -> Tile | None:
@@ -478,14 +516,7 @@ def find_tile(x: torch.Tensor, weight: torch.Tensor, kind: str) -> Tile | None:
     outputs = weight.shape[0] // 2 if kind == GATED else weight.shape[0]
     if not MIN_ROWS <= rows <= MAX_ROWS or (kind == WHOLE and outputs < inputs):
         return None
-    fits = (
-        x.itemsize == 2
-        and x.stride(1) == weight.stride(1) == 1
-        and x.stride(0) % 8 == weight.stride(0) % 8 == 0
-        and x.stride(0) > 0
-        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-        and (kind != GATED or outputs % PAIR.value == 0)
-    )
+    fits = is_loadable(x, weight) and (kind != GATED or outputs % PAIR.value == 0)
     found = (
         tile
         for (tile_kind, most_rows, most_outputs), tile in TILES["sm_90"].items()
@@ -555,18 +586,13 @@ def matmul_sm90(
     shape, dtype or device.
     """
     (rows, inputs), gated = x.shape, kind == GATED
-    check(weight.shape[1] == inputs, f"weight: expected [N, {inputs}], got {list(weight.shape)}")
-    check_same("weight", weight, device=x.device, dtype=x.dtype)
-    if bias is not None:
-        check(bias.shape == weight.shape[:1], f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-        check_same("bias", bias, device=x.device, dtype=x.dtype)
+    box = SMALL_BOX if tile.groups == 1 else tile.rows
+    check_matmul(x, weight, bias, box)
     outputs = weight.shape[0] // (1 + gated)
     programs = grid(tile, kind, rows, outputs, inputs, num_multiprocessors(x.device))
     parts = programs[2]
     shape = (parts, rows, outputs) if parts > 1 else (rows, outputs)
     y = torch.empty(*shape, dtype=x.dtype, device=x.device)
-    box = SMALL_BOX if tile.groups == 1 else tile.rows
-    check(rows >= box, f"x: expected at least {box} rows for this tile, got {rows}")
     blocks = cdiv(inputs, BLOCK_K.value)
     consumer_registers, registers = num_registers(tile)
     _matmul_sm90[programs](

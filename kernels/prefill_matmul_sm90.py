@@ -29,51 +29,46 @@ from typing import NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from minisgl.kernels.heads_matmul_sm90 import (
+    PART,
+    ROWS,
+    Y_LAYOUT,
+    Heads,
+    finish_heads,
+    has_fitting_heads,
+    load_tokens,
+    shared_arguments,
+)
 from minisgl.kernels.hopper import async_load, async_store, barrier
-from minisgl.kernels.launch import cdiv, check_same, num_multiprocessors
+from minisgl.kernels.launch import cdiv, num_multiprocessors
 from minisgl.kernels.matmul_sm90 import (
     BLOCK_K,
     LAYOUT,
     MAX_ROWS,
     PAIR,
+    Ring,
+    check_matmul,
     gate_up,
+    is_loadable,
     load_weights,
+    multiply,
     split_pairs,
     weight_descriptor,
 )
-from minisgl.kernels.rotary import Rotary, check_heads, check_tokens
+from minisgl.kernels.rotary import Rotary
 
 GROUPS = gl.constexpr(2)  # of consumers
-ROWS = gl.constexpr(64)  # of x for each group, the rows of one wgmma
 BLOCK_M = gl.constexpr(128)
 BLOCK_N = gl.constexpr(256)  # rows of the weight: the most that one wgmma takes
-PART = gl.constexpr(128)  # outputs that a group finishes at a time
 STAGES = gl.constexpr(4)  # blocks in the ring, 48 KB each; with 32 KB for outputs, 224 KB of 227
 SWATH = gl.constexpr(8)  # tiles over the rows of x that are taken before the next ones over the weight
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # of a thread
-HEAD_DIMS = 64, 128
 # Of the outputs that all multiprocessors make in as many turns, so many must be wanted: below, torch is faster.
 MIN_FILL = 0.9
-Y_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART.value, 16]))
-
-
-class Ring(NamedTuple):
-    """Buffers that the producer fills in turn and the consumers empty; a barrier of each kind for each buffer."""
-
-    x: gl.shared_memory_descriptor
-    weight: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
 
 
 class Tiles(NamedTuple):
@@ -84,20 +79,6 @@ class Tiles(NamedTuple):
     over_rows: gl.tensor
     over_outputs: gl.tensor
     num_blocks: gl.tensor
-
-
-class Heads(NamedTuple):
-    """What is done to the outputs of `heads_matmul`; shapes are there."""
-
-    q_ptr: gl.tensor
-    positions_ptr: gl.tensor
-    slots_ptr: gl.tensor
-    k_cache_ptr: gl.tensor
-    v_cache_ptr: gl.tensor
-    cos_sin_ptr: gl.tensor
-    q_norm_ptr: gl.tensor
-    k_norm_ptr: gl.tensor
-    eps: gl.tensor
 
 
 @gluon.jit
@@ -136,23 +117,6 @@ def _produce(x_desc, weight_desc, ring, tiles, IS_GATED: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(GROUP: gl.constexpr, ring, turn, num_blocks):
-    """Sums  # [ROWS, BLOCK_N] of a group's rows of x, from blocks that are in the ring from `turn` on."""
-    acc = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
-    for block in range(num_blocks):
-        stage = (turn + block) % STAGES
-        mbarrier.wait(ring.full.index(stage), ((turn + block) // STAGES) & 1)
-        weight = ring.weight.index(stage).permute((1, 0))
-        acc = warpgroup_mma(ring.x.index(stage * GROUPS + GROUP), weight, acc, is_async=True)
-        # This block's are in flight; those of the block before have ended, and its buffer is free.
-        acc = warpgroup_mma_wait(1, [acc])
-        mbarrier.arrive(ring.empty.index((turn + block + STAGES - 1) % STAGES), pred=block > 0)
-    acc = warpgroup_mma_wait(0, [acc])
-    mbarrier.arrive(ring.empty.index((turn + num_blocks + STAGES - 1) % STAGES))
-    return acc
-
-
-@gluon.jit
 def _consume_gated(GROUP: gl.constexpr, y_desc, bias_ptr, ring, buffers, tiles, HAS_BIAS: gl.constexpr):
     """One consumer group of `gated_matmul`."""
     dtype: gl.constexpr = ring.x.dtype
@@ -160,8 +124,9 @@ def _consume_gated(GROUP: gl.constexpr, y_desc, bias_ptr, ring, buffers, tiles, 
     turn = 0
     for tile in range(gl.program_id(0), tiles.over_rows * tiles.over_outputs, gl.num_programs(0)):
         row, output = _place(tile, tiles, PART)
-        acc = _multiply(GROUP, ring, turn, tiles.num_blocks)
+        acc, _ = multiply(GROUP, ring, turn, tiles.num_blocks, False)
         turn += tiles.num_blocks
+        mbarrier.arrive(ring.empty.index((turn - 1) % STAGES))
         gate, up = split_pairs(acc)
         if HAS_BIAS:
             columns = output + gl.arange(0, PART, layout=gl.SliceLayout(0, gate.type.layout))
@@ -178,53 +143,6 @@ def _consume_gated(GROUP: gl.constexpr, y_desc, bias_ptr, ring, buffers, tiles, 
 
 
 @gluon.jit
-def _halves(y, HEAD_DIM: gl.constexpr):
-    """The first and second halves  # [ROWS, heads, HEAD_DIM / 2] of heads side by side  # [ROWS, PART]."""
-    return y.reshape([ROWS, PART // HEAD_DIM, 2, HEAD_DIM // 2]).permute((0, 1, 3, 2)).split()
-
-
-@gluon.jit
-def _load_angles(heads, row, is_rotated, HEAD_DIM: gl.constexpr):
-    """Cosines and sines  # [ROWS, 1, HEAD_DIM / 2] of the tokens from `row` on, as `_halves` has its rows."""
-    halves = _halves(gl.full([ROWS, PART], 0.0, gl.float32, Y_LAYOUT), HEAD_DIM)
-    layout: gl.constexpr = gl.SliceLayout(1, halves[0].type.layout)
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    dims = gl.arange(0, HEAD_DIM // 2, layout=gl.SliceLayout(0, layout))
-    places = gl.load(heads.positions_ptr + rows).to(gl.int64) * HEAD_DIM
-    table = heads.cos_sin_ptr + places[:, None] + dims[None, :]
-    mask = (rows >= 0)[:, None] & is_rotated
-    cos = gl.load(table, mask=mask, other=0.0)
-    sin = gl.load(table + HEAD_DIM // 2, mask=mask, other=0.0)
-    return gl.expand_dims(cos, 1), gl.expand_dims(sin, 1)
-
-
-@gluon.jit
-def _normed(half, scale, weight_ptr):
-    """One half of each head, whose rows' scales are given, rounded before its weight multiplies it, as in rms_norm."""
-    dims = gl.arange(0, half.shape[2], layout=gl.SliceLayout(0, gl.SliceLayout(1, half.type.layout)))
-    weight = gl.expand_dims(gl.load(weight_ptr + dims).to(gl.float32)[None, :], 1)
-    return weight * (half.to(gl.float32) * scale).to(half.dtype).to(gl.float32)
-
-
-@gluon.jit
-def _rotate(y, heads, is_key, cos, sin, HEAD_DIM: gl.constexpr, HAS_NORM: gl.constexpr):
-    """Norm and rotate heads side by side  # [ROWS, PART], as `rotary.rotate_heads` does."""
-    first, second = _halves(y, HEAD_DIM)
-    wide_first = first.to(gl.float32)
-    wide_second = second.to(gl.float32)
-    if HAS_NORM:
-        norm_ptr = heads.q_norm_ptr
-        if is_key:
-            norm_ptr = heads.k_norm_ptr
-        squares = gl.sum(wide_first * wide_first, 2) + gl.sum(wide_second * wide_second, 2)
-        scale = gl.expand_dims(gl.rsqrt(squares / HEAD_DIM + heads.eps), 2)
-        wide_first = _normed(first, scale, norm_ptr)
-        wide_second = _normed(second, scale, norm_ptr + HEAD_DIM // 2)
-    rotated = gl.join(wide_first * cos - wide_second * sin, wide_second * cos + wide_first * sin)
-    return gl.convert_layout(rotated.to(y.dtype).permute((0, 1, 3, 2)).reshape([ROWS, PART]), y.type.layout)
-
-
-@gluon.jit
 def _consume_heads(
     GROUP: gl.constexpr,
     heads,
@@ -238,42 +156,23 @@ def _consume_heads(
     HAS_BIAS: gl.constexpr,
     HAS_NORM: gl.constexpr,
 ):
-    """One consumer group of `heads_matmul`; outputs are Q_WIDTH of q, then KV_WIDTH each of k and v."""
+    """One consumer group of `heads_matmul`."""
     dtype: gl.constexpr = ring.x.dtype
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])  # 16 bytes a thread
-    dims = gl.arange(0, PART, layout=gl.SliceLayout(0, layout))
     buffer = buffers.index(GROUP)
     turn = 0
     for tile in range(gl.program_id(0), tiles.over_rows * tiles.over_outputs, gl.num_programs(0)):
         row, output = _place(tile, tiles, BLOCK_N)
-        row += GROUP * ROWS
-        rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-        slots = gl.load(heads.slots_ptr + rows)
-        cos, sin = _load_angles(heads, row, output < Q_WIDTH + KV_WIDTH, HEAD_DIM)
-        acc = _multiply(GROUP, ring, turn, tiles.num_blocks)
+        tokens = load_tokens(heads, row + GROUP * ROWS, output < Q_WIDTH + KV_WIDTH, tiles.M, ROWS, HEAD_DIM)
+        acc, _ = multiply(GROUP, ring, turn, tiles.num_blocks, False)
         turn += tiles.num_blocks
+        mbarrier.arrive(ring.empty.index((turn - 1) % STAGES))
         if HAS_BIAS:
             columns = output + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, acc.type.layout))
             acc += gl.load(bias_ptr + columns).to(gl.float32)[None, :]
         parts = acc.to(dtype).reshape([ROWS, 2, PART]).permute((0, 2, 1)).split()
         for part in gl.static_range(2):
-            start = output + part * PART
             y = gl.convert_layout(parts[part], Y_LAYOUT)
-            if start < Q_WIDTH + KV_WIDTH:
-                y = _rotate(y, heads, start >= Q_WIDTH, cos, sin, HEAD_DIM, HAS_NORM)
-            barrier()  # the part before has left the buffer
-            buffer.store(y)
-            barrier()
-            lines = buffer.load(layout)
-            places = slots.to(gl.int64)[:, None] * KV_WIDTH
-            is_stored = (slots >= 0)[:, None]
-            if start < Q_WIDTH:
-                gl.store(heads.q_ptr + rows.to(gl.int64)[:, None] * Q_WIDTH + (start + dims)[None, :], lines)
-            elif start < Q_WIDTH + KV_WIDTH:
-                gl.store(heads.k_cache_ptr + places + (start - Q_WIDTH + dims)[None, :], lines, mask=is_stored)
-            else:
-                dims_of_v = start - Q_WIDTH - KV_WIDTH + dims
-                gl.store(heads.v_cache_ptr + places + dims_of_v[None, :], lines, mask=is_stored)
+            finish_heads(y, heads, tokens, buffer, output + part * PART, Q_WIDTH, KV_WIDTH, HEAD_DIM, HAS_NORM)
 
 
 @gluon.jit
@@ -287,7 +186,7 @@ def _new_ring(dtype: gl.constexpr):
         mbarrier.init(empty.index(stage), GROUPS)
     fence_async_shared()
     barrier()
-    return Ring(x, weight, full, empty)
+    return Ring(x, weight, weight, full, empty)
 
 
 @gluon.jit
@@ -371,11 +270,9 @@ def fits_gated(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def fits_heads(x: torch.Tensor, weight: torch.Tensor, k_cache: torch.Tensor) -> bool:
     """Whether `heads_matmul` takes these, valid for torch's, and is faster than torch's matmul and `rotary_store`."""
-    kv_heads, head_dim = k_cache.shape[2:]
     return (
         _fits(x, weight)
-        and head_dim in HEAD_DIMS
-        and kv_heads * head_dim % PART.value == weight.shape[0] % PART.value == 0
+        and has_fitting_heads(weight, k_cache)
         and _fills(x.shape[0], weight.shape[0], BLOCK_N.value, x.device)
     )
 
@@ -394,14 +291,7 @@ def fewest_rows(qkv: torch.Tensor, gate_up: torch.Tensor, most: int) -> set[int]
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        x.shape[0] > MAX_ROWS
-        and x.itemsize == 2
-        and x.stride(1) == weight.stride(1) == 1
-        and x.stride(0) % 8 == weight.stride(0) % 8 == 0
-        and x.stride(0) > 0
-        and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
-    )
+    return x.shape[0] > MAX_ROWS and is_loadable(x, weight)
 
 
 def _num_tiles(rows: int, outputs: int, width: int) -> int:
@@ -413,19 +303,6 @@ def _fills(rows: int, outputs: int, width: int, device: torch.device) -> bool:
     processors = num_multiprocessors(device)
     turns = cdiv(_num_tiles(rows, outputs, width), processors)
     return outputs >= width and rows * outputs >= MIN_FILL * turns * processors * BLOCK_M.value * width
-
-
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    rows, inputs = x.shape
-    if rows < BLOCK_M.value:
-        raise ValueError(f"x: expected at least {BLOCK_M.value} rows, got {rows}")
-    if weight.shape[1] != inputs:
-        raise ValueError(f"weight: expected [N, {inputs}], got {list(weight.shape)}")
-    check_same("weight", weight, device=x.device, dtype=x.dtype)
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected [{weight.shape[0]}], got {list(bias.shape)}")
-        check_same("bias", bias, device=x.device, dtype=x.dtype)
 
 
 def _rows_descriptor(x: torch.Tensor, columns: int) -> TensorDescriptor:
@@ -442,7 +319,7 @@ def gated_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     Returns [M, N] in x's dtype, contiguous. For what `fits_gated` takes; any M from 128 on is right. Raises ValueError
     for a wrong shape, dtype or device.
     """
-    _check(x, weight, bias)
+    check_matmul(x, weight, bias, BLOCK_M.value)
     (rows, inputs), outputs = x.shape, weight.shape[0] // 2
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     _gated_matmul[_programs(x, outputs, PART.value)](
@@ -472,40 +349,17 @@ def heads_matmul(
     v_cache: torch.Tensor,
     rotary: Rotary,
 ) -> torch.Tensor:
-    """`rotary_store` of y = x  # [M, K] times weight  # [(H + 2G) * D, K] plus bias  # [(H + 2G) * D].
-
-    positions, slots  # [M] int32 and k_cache, v_cache  # [P, page_size, G, D] are those of `rotary_store`. Returns q
-    # [M, H, D] in x's dtype, contiguous. For what `fits_heads` takes; any M from 128 on is right. Raises ValueError for
-    a wrong shape, dtype or device.
-    """
-    _check(x, weight, bias)
-    num_heads = check_heads("weight", weight.shape[0], x, k_cache, v_cache, rotary)
-    (rows, inputs), (kv_heads, head_dim) = x.shape, k_cache.shape[2:]
-    check_tokens(rows, x.device, positions, slots)
-    if (rotary.q_norm is None) != (rotary.k_norm is None):
-        raise ValueError("k_norm: expected with q_norm, or neither")
-    q = torch.empty(rows, num_heads, head_dim, dtype=x.dtype, device=x.device)
+    """The same as `heads_matmul_sm90.heads_matmul`, for what `fits_heads` takes here; any M from 128 on is right."""
+    arguments = shared_arguments(x, weight, bias, positions, slots, k_cache, v_cache, rotary, BLOCK_M.value)
     _heads_matmul[_programs(x, weight.shape[0], BLOCK_N.value)](
         _rows_descriptor(x, BLOCK_K.value),
         weight_descriptor(weight, BLOCK_N.value, gated=False),
-        bias,
-        q,
-        positions,
-        slots,
-        k_cache,
-        v_cache,
-        *rotary,
-        rows,
-        weight.shape[0],
-        cdiv(inputs, BLOCK_K.value),
-        Q_WIDTH=num_heads * head_dim,
-        KV_WIDTH=kv_heads * head_dim,
-        HEAD_DIM=head_dim,
-        HAS_BIAS=bias is not None,
-        HAS_NORM=rotary.q_norm is not None,
+        **arguments,
+        N=weight.shape[0],
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
         launch_pdl=True,
     )
+    q: torch.Tensor = arguments["q_ptr"]
     return q

@@ -35,6 +35,13 @@ def transformers_tokens(folder, prompts: list[list[int]], max_tokens: int) -> li
     return out
 
 
+def logprobs_in(model, ids: list[int]) -> torch.Tensor:
+    """By transformers, of each token but the first."""
+    with torch.inference_mode():
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_equal_transformers(tiny_model, name, device):
@@ -87,11 +94,7 @@ def test_long_steps_of_wide_models_are_near_transformers(tiny_model, monkeypatch
     model = AutoModelForCausalLM.from_pretrained(tiny_model(name), dtype=torch.float32).eval()
     rng = random.Random(2)
     prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(200 + 9 * index)] for index in range(6)]
-    expected = []
-    with torch.inference_mode():
-        for ids in map(torch.tensor, prompts):
-            logprobs = model(ids[None]).logits[0].log_softmax(-1)
-            expected.append(logprobs[:-1].gather(1, ids[1:, None])[:, 0])
+    wanted = torch.cat([logprobs_in(model, prompt) for prompt in prompts])
     monkeypatch.setattr(kernels, "MIN_FILL", 0)
     with LLM(tiny_model(name), device="cuda", dtype="bfloat16", max_step_tokens=2048, num_pages=64) as llm:
         rows, compiled = [], []
@@ -105,7 +108,31 @@ def test_long_steps_of_wide_models_are_near_transformers(tiny_model, monkeypatch
     assert not compiled
     assert rows == [sum(map(len, prompts))] * 2 * model.config.num_hidden_layers
     found = torch.tensor([one.logprob for result in results for one in result.prompt_logprobs])
-    wanted = torch.cat(expected)
+    assert (found - wanted).norm() / wanted.norm() < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WIDE)
+def test_large_batches_of_decodes_of_wide_models_are_near_transformers(tiny_model, monkeypatch, name):
+    """Whose q, k and v have a kernel of their own on Hopper."""
+    from transformers import AutoModelForCausalLM
+
+    if architecture(torch.device("cuda")) != "sm_90":
+        pytest.skip("needs an sm_90 GPU")
+    from minisgl.kernels import heads_matmul_sm90 as kernels
+
+    rows, run = [], kernels.heads_matmul
+    monkeypatch.setattr(kernels, "heads_matmul", lambda x, *rest: rows.append(len(x)) or run(x, *rest))
+    rng = random.Random(3)
+    prompts = [[rng.randrange(VOCAB_SIZE) for _ in range(5 + index)] for index in range(60)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0)
+    with LLM(tiny_model(name), device="cuda", dtype="bfloat16", page_size=16, num_pages=600, max_running=64) as llm:
+        results = llm.generate(prompts, params)
+    assert {32, 64} <= set(rows)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(name), dtype=torch.float32).eval()
+    texts = [prompt + result.token_ids for prompt, result in zip(prompts, results, strict=True)]
+    wanted = torch.cat([logprobs_in(model, ids)[-params.max_tokens :] for ids in texts])
+    found = torch.tensor([one.logprob for result in results for one in result.logprobs])
     assert (found - wanted).norm() / wanted.norm() < 2e-2
 
 

@@ -72,10 +72,11 @@ def _fastest_heads(
     v_cache: torch.Tensor,
     rotary: Rotary,
 ) -> torch.Tensor:
-    hopper = hopper_module("prefill_matmul_sm90", x.device)
-    if hopper and hopper.fits_heads(x, weight, k_cache):
-        q: torch.Tensor = hopper.heads_matmul(x, weight, bias, positions, slots, k_cache, v_cache, rotary)
-        return q
+    for name in ("heads_matmul_sm90", "prefill_matmul_sm90"):
+        hopper = hopper_module(name, x.device)
+        if hopper and hopper.fits_heads(x, weight, k_cache):
+            q: torch.Tensor = hopper.heads_matmul(x, weight, bias, positions, slots, k_cache, v_cache, rotary)
+            return q
     return rotary_store(_fastest_linear(x, weight, bias), positions, slots, k_cache, v_cache, rotary)
 
 

@@ -126,7 +126,8 @@ def test_kernels_names_the_known_ops(monkeypatch):
 def test_kernels_of_other_gpus_are_left_out(monkeypatch):
     monkeypatch.setattr(kernels.launch, "architecture", lambda device: "sm_80")
     known = kernels.available_ops()
-    assert set(known) - set(kernels.choose_ops([], known, CPU)) == {"matmul_sm90", "prefill_matmul_sm90"}
+    of_hopper = {"heads_matmul_sm90", "matmul_sm90", "prefill_matmul_sm90"}
+    assert set(known) - set(kernels.choose_ops([], known, CPU)) == of_hopper
     with pytest.raises(MinisglError, match="matmul_sm90 is for sm_90 alone, and cpu is sm_80"):
         kernels.choose_ops(["rotary", "matmul_sm90"], known, CPU)
     monkeypatch.setattr(kernels.launch, "architecture", lambda device: "sm_90")

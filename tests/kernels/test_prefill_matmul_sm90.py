@@ -155,10 +155,9 @@ def test_the_rows_at_which_all_of_them_run(monkeypatch):
             assert any(map(fits, steps)) == any(map(fits, run))
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("x", lambda a: a.update(x=a["x"][:127])),
+def change_of_each_argument():
+    """Its name, and a change of the arguments of heads_matmul that makes it wrong."""
+    return [
         ("weight", lambda a: a.update(weight=a["weight"][:, :-8])),
         ("weight", lambda a: a.update(weight=a["weight"].half())),
         ("weight", lambda a: a.update(weight=a["weight"][:256], bias=None)),
@@ -168,8 +167,10 @@ def test_the_rows_at_which_all_of_them_run(monkeypatch):
         ("k_cache", lambda a: a.update(k_cache=a["k_cache"].float())),
         ("v_cache", lambda a: a.update(v_cache=a["v_cache"][:1])),
         ("k_norm", lambda a: a.update(rotary=a["rotary"]._replace(k_norm=None))),
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize("name, change", [("x", lambda a: a.update(x=a["x"][:127])), *change_of_each_argument()])
 def test_refuses_bad_arguments(name, change):
     names = ("x", "weight", "bias", "positions", "slots", "k_cache", "v_cache", "rotary")
     arguments = dict(zip(names, make_heads(128, HEADS[1], 64, device="cpu"), strict=True))
