@@ -86,7 +86,7 @@ def test_which_shapes(monkeypatch):
         return fits_heads(x, weight, torch.empty(1, 16, kv_heads, head_dim))
 
     assert [rows for rows in range(0, 300, 32) if fits(rows, 16, 8, 128)] == [32, 64, 160, 192, 224, 256]
-    assert [rows for rows in range(0, 300, 32) if fits(rows, 32, 8, 128, 4096)] == [32, 64, 96, 128]
+    assert [rows for rows in range(0, 300, 32) if fits(rows, 32, 8, 128, 4096)] == [96, 128]
     assert [rows for rows in range(0, 300, 32) if fits(rows, 40, 8, 128, 5120)] == [96, 128]
     assert fits(64, 14, 2, 64) and fits(64, 16, 8, 128, dtype=torch.float16)
     assert not fits(64, 16, 8, 128, dtype=torch.float32)
