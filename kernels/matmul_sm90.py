@@ -22,8 +22,9 @@ with the tile's weights (wgmma). What it is made for:
   reads of both is less so, and less of it has to wait for the kernel before. With 129 to 192 rows, a step of Qwen3-0.6B
   is 1.2% shorter, and 2.4% with norms that let it start early.
 - Narrow weights have few tiles: K is split, and the norm that reads y (`rms_norm`) adds the parts, for no launch. They
-  are rounded, as ranks' sums are under tensor parallelism: in fp32 a layer of Qwen3-8B or 14B takes 1 to 2% longer,
-  one of 0.6B up to 7%, for all of them are written at once and read at once.
+  are rounded, as ranks' sums are under tensor parallelism, which makes y's error 1.5 times that of one rounding: in
+  fp32 a layer of Qwen3-8B or 14B takes 1 to 2% longer, one of 0.6B up to 7%, for all of them are written at once and
+  read at once.
 - A gate and its up are in one tile, 8 rows of each in turn, as one descriptor with four dimensions reads them: so the
   thread that has the one has the other.
 - Between the last block of one matmul and the first of the next, memory has nothing to do, and the end of a tile is on

@@ -9,6 +9,6 @@ def launch() -> None:
             x, weight = torch.empty(4, hidden, dtype=dtype), torch.empty(hidden, dtype=dtype)
             rms_norm(x, weight, 1e-6)
             rms_norm(x, weight, 1e-6, torch.empty_like(x))
-            rms_norm(torch.empty(8, 4, hidden), weight, 1e-6, torch.empty_like(x))
+            rms_norm(torch.empty(8, 4, hidden, dtype=x.dtype), weight, 1e-6, torch.empty_like(x))
     x = torch.empty(early_tokens(1024) + 1, 1024, dtype=torch.bfloat16)
     rms_norm(x, x[0], 1e-6, torch.empty_like(x))
