@@ -19,8 +19,8 @@ from minisgl.shards import Shard
 
 
 class Attention:
-    """q, k and v in one matmul; q/k norm, rotary embedding and KV store in its launch, their own or attention's; then o.
-    A rank computes its heads, and a part of the sum over all."""
+    """q, k and v in one matmul; q/k norm, rotary embedding and KV store in its launch, their own or attention's; then
+    o. A rank computes its heads, and a part of the sum over all."""
 
     def __init__(self, empty: Empty, config: ModelConfig, window: int, shard: Shard, group: ParallelGroup, ops: Ops):
         self.ops = ops

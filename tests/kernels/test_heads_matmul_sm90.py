@@ -8,8 +8,9 @@ from minisgl.kernels.rms_norm import rms_norm
 from tests.kernels.matmul_problems import check_chain, make_problem
 from tests.kernels.test_prefill_matmul_sm90 import (
     HEADS,
-    assert_stored,
     change_of_each_argument,
+    check_heads,
+    every_kind_of_heads,
     heads_in_float64,
     make_heads,
     needs_sm90,
@@ -20,16 +21,10 @@ from tests.kernels.test_prefill_matmul_sm90 import (
 @pytest.mark.gpu
 @needs_sm90
 @pytest.mark.parametrize("rows", [MIN_ROWS, 33, 64, 100, 193, MAX_ROWS])
-@pytest.mark.parametrize("shape", HEADS, ids=lambda shape: "-".join(map(str, shape)))
-@pytest.mark.parametrize("with_norm, with_bias", [(False, False), (False, True), (True, False), (True, True)])
+@every_kind_of_heads
 @pytest.mark.usefixtures("poisoned_output")
 def test_matches_float64(assert_close, rows, shape, with_norm, with_bias):
-    x, weight, bias, *stored = make_heads(rows, shape, 1000, with_norm=with_norm)
-    bias = bias if with_bias else None
-    expected, k_cache, v_cache = heads_in_float64(x, weight, bias, *stored)
-    assert_close(heads_matmul(x, weight, bias, *stored), expected)
-    assert_stored(assert_close, stored[2], k_cache)
-    assert_stored(assert_close, stored[3], v_cache)
+    check_heads(heads_matmul, assert_close, rows, shape, with_norm, with_bias)
 
 
 @pytest.mark.gpu

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 
@@ -14,6 +16,9 @@ HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (
 needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
 ROWS = (128, 129, 300, 3000)  # of the last a program has several tiles
 HEADS = ((16, 8, 128), (2, 1, 128), (14, 2, 64))  # query heads, KV heads, head dim
+every_kind_of_heads = pytest.mark.parametrize(
+    "shape, with_norm, with_bias", list(product(HEADS, (False, True), (False, True)))
+)
 
 
 @pytest.fixture
@@ -44,6 +49,15 @@ def assert_stored(assert_close, cache, expected):
     assert_close(cache.nan_to_num(), expected.nan_to_num())
 
 
+def check_heads(launcher, assert_close, rows, shape, with_norm, with_bias):
+    x, weight, bias, *stored = make_heads(rows, shape, 1000, with_norm=with_norm)
+    bias = bias if with_bias else None
+    expected, k_cache, v_cache = heads_in_float64(x, weight, bias, *stored)
+    assert_close(launcher(x, weight, bias, *stored), expected)
+    assert_stored(assert_close, stored[2], k_cache)
+    assert_stored(assert_close, stored[3], v_cache)
+
+
 @pytest.mark.gpu
 @needs_sm90
 @pytest.mark.parametrize("rows", ROWS)
@@ -59,16 +73,10 @@ def test_gated_matches_float64(assert_close, rows, outputs, inputs, with_bias):
 @pytest.mark.gpu
 @needs_sm90
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("shape", HEADS, ids=lambda shape: "-".join(map(str, shape)))
-@pytest.mark.parametrize("with_norm, with_bias", [(False, False), (False, True), (True, False), (True, True)])
+@every_kind_of_heads
 @pytest.mark.usefixtures("poisoned_output")
 def test_heads_match_float64(assert_close, rows, shape, with_norm, with_bias):
-    x, weight, bias, *stored = make_heads(rows, shape, 1000, with_norm=with_norm)
-    bias = bias if with_bias else None
-    expected, k_cache, v_cache = heads_in_float64(x, weight, bias, *stored)
-    assert_close(heads_matmul(x, weight, bias, *stored), expected)
-    assert_stored(assert_close, stored[2], k_cache)
-    assert_stored(assert_close, stored[3], v_cache)
+    check_heads(heads_matmul, assert_close, rows, shape, with_norm, with_bias)
 
 
 @pytest.mark.gpu
