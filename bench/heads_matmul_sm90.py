@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from minisgl.bench.harness import Case
-from minisgl.bench.matmul_sm90 import COPIES_BYTES
+from minisgl.bench.matmul_sm90 import weight_copies
 from minisgl.kernels.heads_matmul_sm90 import fits_heads, heads_matmul
-from minisgl.kernels.launch import cdiv
+from minisgl.kernels.matmul_sm90 import WHOLE
 from minisgl.kernels.rotary import Rotary, rotary_store
 
 ARCHITECTURES = ("sm_90",)
@@ -24,7 +24,7 @@ Stored = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Rotary]  
 def cases(device: torch.device) -> Iterator[Case]:
     for hidden, heads in MODELS:
         width = (heads + 2 * KV_HEADS) * HEAD_DIM
-        weights = random(device, cdiv(COPIES_BYTES, 2 * width * hidden), width, hidden)
+        weights = weight_copies(WHOLE, width, hidden, device)
         for rows in ROWS:
             x, stored = random(device, rows, hidden), stored_heads(rows, device)
             if fits_heads(x, weights[0], stored[2]):
@@ -47,13 +47,8 @@ def stored_heads(tokens: int, device: torch.device) -> Stored:
     )
 
 
-def _case(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    stored: Stored,
-    heads: int,
-) -> Case:
-    (rows, hidden), width = x.shape, weights.shape[1]
+def _case(x: torch.Tensor, weights: list[torch.Tensor], stored: Stored, heads: int) -> Case:
+    (rows, hidden), width = x.shape, weights[0].shape[0]
     copies, torch_copies = cycle(weights), cycle(weights)
     return Case(
         op="heads_matmul_sm90",

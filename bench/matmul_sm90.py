@@ -61,14 +61,15 @@ BLOCKS = {
 
 def cases(device: torch.device) -> Iterator[Case]:
     for kind, outputs, inputs in SHAPES:
-        weights = _weights(kind, outputs, inputs, device)
+        weights = weight_copies(kind, outputs, inputs, device)
         for rows in ROWS:
             x = torch.randn(rows, inputs, dtype=torch.bfloat16, device=device)
             if find_tile(x, weights[0], kind) is not None:
                 yield _case(x, weights, kind)
 
 
-def _weights(kind: str, outputs: int, inputs: int, device: torch.device) -> list[torch.Tensor]:
+def weight_copies(kind: str, outputs: int, inputs: int, device: torch.device) -> list[torch.Tensor]:
+    """As many as do not fit in an L2 cache."""
     outputs *= 1 + (kind == GATED)
     copies = max(2, -(-COPIES_BYTES // (2 * outputs * inputs)))
     return [torch.randn(outputs, inputs, dtype=torch.bfloat16, device=device) for _ in range(copies)]
@@ -118,7 +119,7 @@ def tunings(device: torch.device) -> Iterator[Tuning]:
         for shape_kind, outputs, inputs in SHAPES:
             if shape_kind != kind or outputs > most_outputs:
                 continue
-            weights = _weights(kind, outputs, inputs, device)
+            weights = weight_copies(kind, outputs, inputs, device)
             if find_tile(x[:, :inputs], weights[0], kind) is not tiles[bucket]:
                 continue  # one of fewer outputs
             for some in {fewest, rows}:

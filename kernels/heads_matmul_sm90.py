@@ -5,11 +5,11 @@ Legend: M rows (tokens), K inputs, H query heads, G KV heads, D head dim. x  # [
 Bound by memory, 2 (H + 2G) D K bytes of weights in bf16.
 
 A tile is 64 rows of x and 128 outputs, which are one head or two: a thread has both halves of its heads' values. One
-program takes one, with the producer and the ring of `matmul_sm90`; its one group of consumers loads the rows' angles
-while the ring fills. Beside the matmul of `matmul_sm90` and `rotary_store`, a layer without attention takes on an H200
-9% less for Qwen3-0.6B at 64 rows, 5% at 192, 2% at 256, and as long for 8B and 14B at 128; whole steps of a batch 1 to
-2% less for 0.6B, and up to 1% for 8B. Such tiles are large, and where that leaves too much of the GPU without one it is
-slower: 0.6B 1% at 128 rows, 8B 1% in steps of 64, and 3% without attention at 192 and 256.
+program takes one; its one group of consumers loads the rows' angles while the ring fills. Beside `matmul_sm90` and
+`rotary_store`, a layer without attention takes on an H200 9% less for Qwen3-0.6B at 64 rows, 5% at 192, 2% at 256, and
+as long for 8B and 14B at 128; whole steps take up to 2% less for 0.6B, and up to 1% for 8B. Such tiles are large, and
+where that leaves too much of the GPU without one it is slower: 0.6B by 1% at 128 rows, steps of 8B by 0.5% at 64, and
+its layers without attention by 1 to 4% at 192 and 256.
 """
 
 from typing import Any, NamedTuple
@@ -17,28 +17,26 @@ from typing import Any, NamedTuple
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minisgl.kernels.hopper import barrier, reinterpret
-from minisgl.kernels.launch import cdiv, num_multiprocessors
-from minisgl.kernels.matmul_sm90 import (
+from minisgl.kernels.hopper_matmul import (
     BLOCK_K,
-    FEW_ROWS,
     LAYOUT,
-    MAX_ROWS,
-    MIN_ROWS,
     PRODUCER_REGISTERS,
     SMALL_BOX,
     Place,
-    Ring,
     box_rows,
     check_matmul,
     is_loadable,
+    mean_registers,
     multiply,
+    new_ring,
     produce,
     weight_descriptor,
 )
+from minisgl.kernels.launch import cdiv, num_multiprocessors
+from minisgl.kernels.matmul_sm90 import FEW_ROWS, MAX_ROWS, MIN_ROWS
 from minisgl.kernels.rotary import Rotary, check_heads, check_tokens
 
 ROWS = gl.constexpr(64)  # of x for a group of consumers, the rows of one wgmma
@@ -207,18 +205,8 @@ def _heads_matmul(
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
-    dtype: gl.constexpr = x_desc.dtype
     place = Place(gl.program_id(0) * ROWS, gl.program_id(1) * PART, 0, 0, num_blocks)
-    x = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], LAYOUT)
-    weight = gl.allocate_shared_memory(dtype, [STAGES, PART, BLOCK_K], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), 1)
-        mbarrier.init(empty.index(stage), 1)
-    fence_async_shared()
-    barrier()
-    ring = Ring(x, weight, weight, full, empty)
+    ring = new_ring(x_desc.dtype, STAGES, 1, ROWS, PART, 0)
     heads = Heads(q_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, eps)
     gl.warp_specialize(
         [
@@ -304,7 +292,6 @@ def heads_matmul(
     """
     arguments = shared_arguments(x, weight, bias, positions, slots, k_cache, v_cache, rotary, SMALL_BOX)
     (rows, inputs), part = x.shape, PART.value
-    registers = cdiv(CONSUMER_REGISTERS + PRODUCER_REGISTERS, 16) * 8  # the mean over all threads
     _heads_matmul[cdiv(rows, ROWS.value), weight.shape[0] // part](
         TensorDescriptor(x, [rows, inputs], [x.stride(0), 1], [SMALL_BOX, BLOCK_K.value], LAYOUT.value),
         weight_descriptor(weight, part, gated=False),
@@ -314,7 +301,7 @@ def heads_matmul(
         CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS,
         num_warps=4,
-        maxnreg=registers,
+        maxnreg=mean_registers(1, CONSUMER_REGISTERS),
         launch_pdl=True,
     )
     q: torch.Tensor = arguments["q_ptr"]

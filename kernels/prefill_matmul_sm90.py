@@ -44,21 +44,21 @@ from minisgl.kernels.heads_matmul_sm90 import (
     shared_arguments,
 )
 from minisgl.kernels.hopper import async_load, async_store, barrier
-from minisgl.kernels.launch import cdiv, num_multiprocessors
-from minisgl.kernels.matmul_sm90 import (
+from minisgl.kernels.hopper_matmul import (
     BLOCK_K,
     LAYOUT,
-    MAX_ROWS,
     PAIR,
-    Ring,
     check_matmul,
     gate_up,
     is_loadable,
     load_weights,
     multiply,
+    new_ring,
     split_pairs,
     weight_descriptor,
 )
+from minisgl.kernels.launch import cdiv, num_multiprocessors
+from minisgl.kernels.matmul_sm90 import MAX_ROWS
 from minisgl.kernels.rotary import Rotary
 
 GROUPS = gl.constexpr(2)  # of consumers
@@ -176,20 +176,6 @@ def _consume_heads(
 
 
 @gluon.jit
-def _new_ring(dtype: gl.constexpr):
-    x = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, BLOCK_K], LAYOUT)
-    weight = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], LAYOUT)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), 1)
-        mbarrier.init(empty.index(stage), GROUPS)
-    fence_async_shared()
-    barrier()
-    return Ring(x, weight, weight, full, empty)
-
-
-@gluon.jit
 def _tiles(M, N, num_blocks, WIDTH: gl.constexpr):
     return Tiles(M, N, (M + BLOCK_M - 1) // BLOCK_M, (N + WIDTH - 1) // WIDTH, num_blocks)
 
@@ -200,7 +186,7 @@ def _gated_matmul(
     HAS_BIAS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_desc.dtype
-    ring = _new_ring(dtype)
+    ring = new_ring(dtype, STAGES, GROUPS, ROWS, BLOCK_N, 0)
     buffers = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, PART], LAYOUT)
     tiles = _tiles(M, N, num_blocks, PART)
     gl.warp_specialize(
@@ -241,7 +227,7 @@ def _heads_matmul(
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     dtype: gl.constexpr = x_desc.dtype
-    ring = _new_ring(dtype)
+    ring = new_ring(dtype, STAGES, GROUPS, ROWS, BLOCK_N, 0)
     buffers = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, PART], LAYOUT)
     tiles = _tiles(M, N, num_blocks, BLOCK_N)
     heads = Heads(q_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, cos_sin_ptr, q_norm_ptr, k_norm_ptr, eps)

@@ -1,6 +1,7 @@
 """Kernel tests: each runs where it can, compares with float64, and poisons what the kernel must overwrite."""
 
 from collections.abc import Callable
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -34,6 +35,16 @@ def device() -> torch.device:
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture
+def poisoned_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher allocates starts as NaN, so that an element that the kernel leaves out is seen."""
+
+    def empty(*shape: int, **options: Any) -> torch.Tensor:
+        return torch.full(shape, float("nan"), **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
 
 
 @pytest.fixture

@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
+
+HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
 
 
 def make_problem(

@@ -5,7 +5,7 @@ from minisgl.kernels import heads_matmul_sm90 as module
 from minisgl.kernels.heads_matmul_sm90 import fits_heads, heads_matmul
 from minisgl.kernels.matmul_sm90 import MAX_ROWS, MIN_ROWS
 from minisgl.kernels.rms_norm import rms_norm
-from tests.kernels.matmul_problems import check_chain, make_problem
+from tests.kernels.matmul_problems import check_chain, make_problem, needs_sm90
 from tests.kernels.test_prefill_matmul_sm90 import (
     HEADS,
     change_of_each_argument,
@@ -13,8 +13,6 @@ from tests.kernels.test_prefill_matmul_sm90 import (
     every_kind_of_heads,
     heads_in_float64,
     make_heads,
-    needs_sm90,
-    poisoned_output,  # noqa: F401
 )
 
 

@@ -18,24 +18,12 @@ from minisgl.kernels.matmul_sm90 import (
 )
 from minisgl.kernels.rms_norm import rms_norm
 from tests.kernels import matmul_problems
-from tests.kernels.matmul_problems import check_chain
+from tests.kernels.matmul_problems import check_chain, needs_sm90
 
-HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
 EACH_TILE = [(*bucket, tile) for bucket, tile in TILES["sm_90"].items()]
 each_tile = pytest.mark.parametrize(
     "kind, most_rows, most_outputs, tile", EACH_TILE, ids=["-".join(map(str, bucket)) for bucket in TILES["sm_90"]]
 )
-
-
-@pytest.fixture
-def poisoned_output(monkeypatch):
-    """What the launcher allocates starts as NaN, so that an element that the kernel leaves out is seen."""
-
-    def empty(*shape, **options):
-        return torch.full(shape, float("nan"), **options)
-
-    monkeypatch.setattr(module.torch, "empty", empty)
 
 
 def make_problem(rows, outputs, inputs, kind, dtype=torch.bfloat16, device="cuda"):

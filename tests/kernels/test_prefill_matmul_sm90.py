@@ -10,25 +10,13 @@ from minisgl.kernels.rms_norm import rms_norm
 from minisgl.kernels.rotary import rotary_store_reference
 from minisgl.kernels.silu_mul import silu_mul_reference
 from tests.kernels import test_rotary as rotary_problems
-from tests.kernels.matmul_problems import check_chain, make_problem
+from tests.kernels.matmul_problems import check_chain, make_problem, needs_sm90
 
-HAS_SM90 = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-needs_sm90 = pytest.mark.skipif(not HAS_SM90, reason="needs an sm_90 GPU")
 ROWS = (128, 129, 300, 3000)  # of the last a program has several tiles
 HEADS = ((16, 8, 128), (2, 1, 128), (14, 2, 64))  # query heads, KV heads, head dim
 every_kind_of_heads = pytest.mark.parametrize(
     "shape, with_norm, with_bias", list(product(HEADS, (False, True), (False, True)))
 )
-
-
-@pytest.fixture
-def poisoned_output(monkeypatch):
-    """What the launchers allocate starts as NaN, so that an element that a kernel leaves out is seen."""
-
-    def empty(*shape, **options):
-        return torch.full(shape, float("nan"), **options)
-
-    monkeypatch.setattr(module.torch, "empty", empty)
 
 
 def make_heads(rows, shape, inputs, dtype=torch.bfloat16, device="cuda", with_norm=True):
