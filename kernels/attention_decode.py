@@ -6,10 +6,11 @@ Legend: B sequences, H query heads, K KV heads, D head dim, P pages, R rows, M p
 Bound by memory: keys and values are read once, 4 K D bytes a key in bf16.
 
 One program reads one split of one sequence's keys for one KV head and serves all query heads of that KV head, packed as
-the rows of a matmul (padded to 16). A second launch combines the splits by their log-sum-exp; a sequence with a single
-split writes its output in the first. The grid is bounded by `max_kv_len`: programs past a sequence's last split leave
-at once, so one bound can be captured in a graph. Of many sequences, a program reads all splits of a short context and
-merges them as it goes (see decode_splits.py); these are best ordered by length, the longest first.
+the rows of a matmul (padded to 16). A second launch combines the splits by their log-sum-exp, or, where that is faster,
+the last program to finish with a sequence's KV head; a sequence with a single split writes its output at once. The grid
+is bounded by `max_kv_len`: programs past a sequence's last split leave at once, so one bound can be captured in a
+graph. Of many sequences, a program reads all splits of a short context and merges them as it goes (see
+decode_splits.py); these are best ordered by length, the longest first.
 Splits depend on the sequence's own visible keys, never on the batch or on the grid, and they are merged in their order,
 so a sequence's result is the same bit for bit whatever runs beside it.
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
@@ -21,6 +22,7 @@ import triton.language as tl
 
 from minisgl.kernels.attention_cascade import CascadeTiles, attention_cascade
 from minisgl.kernels.decode_splits import (
+    LEAST_SPLIT,
     combine_block,
     combine_parts,
     decode_tile,
@@ -31,7 +33,7 @@ from minisgl.kernels.decode_splits import (
     splits_of,
 )
 from minisgl.kernels.dependent_launch import dependent_launch, prefetch, wait_for_previous_kernel
-from minisgl.kernels.launch import cdiv, next_power_of_2, num_multiprocessors, use_triton
+from minisgl.kernels.launch import cdiv, check_same, next_power_of_2, num_multiprocessors, use_triton
 from minisgl.kernels.paged import (
     LOG2_E,
     MASKED_SCORE,
@@ -47,16 +49,41 @@ from minisgl.kernels.rotary import Rotary, check_rotary, load_heads, rotary_stor
 # first, 48 sequences of 1,384 keys take 74.7 us instead of 72.4, 80 of 1,274 100.4 instead of 107.9, 256 of 635 156.4
 # instead of 189.8. Just above 64 sequences of 8 KV heads, to which graphs pad as few as 33.
 MANY = 520
+# Where no sequence sees more keys than FEW_KEYS, so many are many: no program reads for long, and no launch combines. A
+# layer of Qwen3-8B takes 4 to 6% less with 20 to 32 sequences of 300 keys, 1 to 3% with as many of 560, 5 to 11% with
+# 36 to 64 of either; one of 0.6B 7 to 11%, 2% more to 3% less, 5 to 22%. With 1,000 (up to 1,750), as many of 0.6B take
+# 11 to 14% more, and 7% more to 2% less.
+MANY_OF_FEW_KEYS, FEW_KEYS = 256, 1024
 # Keys that a program asks for before it waits. With rotary inside, where no multiprocessor has two programs: of more,
 # 16 x 560 take 5% longer. Else the programs that run first ask for few, while rotary ends: a decode step of Qwen3-0.6B
 # is 0.1 to 0.5% shorter so on an H200 (32 to 256 rows), and up to 0.7% longer where they ask for 128 keys.
 PREFETCH_ALONE, PREFETCH_FIRST = 256, 32
 FIRST_PROGRAMS = 2  # of a multiprocessor: so many run at once
+# Numbers of sequences whose splits the last program combines, and the most splits of one. On an H200 a layer of
+# Qwen3-0.6B takes 2 to 6% less so with 2 sequences, 0 to 4% with 4 and 8; one of 8B 1 to 2%, of 14B as long as before.
+# A sequence alone takes 6% more of 8B, and 16 take 1 to 2% more of 0.6B.
+MERGED, MERGED_SPLITS = range(2, 9), 8
 
 
-def many_sequences(kv_heads: int) -> int:
-    """The number of sequences from which `attention_decode` reads a short context in one program: another kernel."""
-    return cdiv(MANY, kv_heads)
+def num_arrivals(kv_heads: int) -> int:
+    """The size of `arrivals` for any batch of `attention_decode_rotary`."""
+    return MERGED[-1] * kv_heads
+
+
+def many_sequences(kv_heads: int, visible: int) -> int:
+    """The number of sequences from which `attention_decode` reads a short context in one program, which is another
+    kernel; `visible` bounds the keys that one sees."""
+    return cdiv(MANY if visible > FEW_KEYS else min(MANY, MANY_OF_FEW_KEYS), kv_heads)
+
+
+def kinds_of_batches(kv_heads: int, most_rotated: int, max_len: int) -> set[tuple[int, int]]:
+    """Numbers of sequences and bounds on their keys that between them launch every kernel for contexts up to max_len:
+    of up to most_rotated sequences `attention_decode_rotary`, of more `attention_decode`."""
+    whole = {(many_sequences(kv_heads, bound), bound) for bound in (FEW_KEYS, max_len)}
+    # The smallest and the largest grids of each kind: small ones ask for keys ahead.
+    merged = {(MERGED[0], 2 * LEAST_SPLIT.value), (min(MERGED[-1], most_rotated), MERGED_SPLITS * LEAST_SPLIT.value)}
+    apart = {(size, bound) for size in (1, most_rotated) for bound in (1, max_len)}
+    return {(size, min(bound, max_len)) for size, bound in whole | merged | apart}
 
 
 def attention_decode_reference(
@@ -148,6 +175,7 @@ def _attention_decode_kernel(
     k_norm_ptr,
     eps,
     shared_splits_ptr,
+    arrivals_ptr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -161,8 +189,10 @@ def _attention_decode_kernel(
     HAS_K_NORM: tl.constexpr,
     HAS_SHARED: tl.constexpr,  # the first shared_splits of a sequence are computed by `attention_cascade`
     IS_MANY: tl.constexpr,  # of sequences: a program reads a part of `parts_of` and not a split; not with HAS_SHARED
+    MERGES: tl.constexpr,  # the last program to finish combines the splits; not with HAS_SHARED
     PREFETCH: tl.constexpr,  # keys that each of the first PREFETCHING programs asks for ahead; 0: none
     PREFETCHING: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0) % KV_HEADS
@@ -248,7 +278,16 @@ def _attention_decode_kernel(
     else:
         slots = (sequence * max_parts + part) * HEADS + heads
         tl.store(partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
-        tl.store(logsumexp_ptr + slots, logsumexp, mask=group < GROUP)
+        tl.store(logsumexp_ptr + slots, logsumexp, mask=in_group)
+        if MERGES:
+            tl.debug_barrier()  # all threads have stored theirs before one of them tells
+            arrived = arrivals_ptr + sequence * KV_HEADS + kv_head
+            if tl.atomic_add(arrived, 1, sem="acq_rel") == num_parts - 1:
+                tl.store(arrived, 0)
+                combine_parts(
+                    partial_ptr, logsumexp_ptr, out_ptr, sequence, kv_head * GROUP, (kv_head + 1) * GROUP,
+                    num_parts, max_parts, HEADS, HEAD_DIM, BLOCK_S, triton.next_power_of_2(GROUP), BLOCK_D,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["kv_lens_ptr", "max_parts"])
@@ -277,7 +316,7 @@ def _combine_kernel(
     if num_parts <= 1:  # written by the first launch
         return
     combine_parts(
-        partial_ptr, logsumexp_ptr, out_ptr, sequence, tl.program_id(0), num_parts, max_parts,
+        partial_ptr, logsumexp_ptr, out_ptr, sequence, tl.program_id(0) * BLOCK_H, HEADS, num_parts, max_parts,
         HEADS, HEAD_DIM, BLOCK_S, BLOCK_H, BLOCK_D,
     )  # fmt: skip
 
@@ -312,7 +351,7 @@ def attention_decode(
             attention_decode_reference(q, k_cache, v_cache, page_table, rows, kv_lens, scale=scale, window=window)
         )
     else:
-        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, None, cascade)
+        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, None, None, cascade)
 
 
 def attention_decode_rotary(
@@ -324,6 +363,7 @@ def attention_decode_rotary(
     kv_lens: torch.Tensor,
     max_kv_len: int,
     rotary: Rotary,
+    arrivals: torch.Tensor,
     *,
     scale: float,
     window: int = 0,
@@ -334,16 +374,22 @@ def attention_decode_rotary(
     For few sequences: each program rotates q again. With 16 / 8 heads on an H200, 8 of 300 keys take 9.1 us (apart
     9.8), 16 take 14.1 (13.7), and 32 take 23.6 (21.3). Of many, each program reads its first keys later: with the
     matmul before and the norm behind, 128 of 1,074 keys take 140.3 us (139.0), 256 of 613 take 165.4 (161.0).
-    qkv  # [B, (H + 2K) * D], of the tokens at places kv_lens - 1; only q is looked at for a sequence of 0 keys. The
-    rest as in `attention_decode` and `rotary_store`; `qkv` stays as it is.
+    qkv  # [B, (H + 2K) * D], of the tokens at places kv_lens - 1; only q is looked at for a sequence of 0 keys.
+    arrivals  # [A] int32, A >= num_arrivals(K): zeros, which are zeros again at the end; launches that may run at the
+    same time need their own. The rest as in `attention_decode` and `rotary_store`; `qkv` stays as it is.
     """
     heads = check_rotary(qkv, k_cache, v_cache, rotary)
-    head_dim = k_cache.shape[3]
+    kv_heads, head_dim = k_cache.shape[2:]
+    check_same("arrivals", arrivals, device=qkv.device, dtype=torch.int32)
+    if arrivals.numel() < num_arrivals(kv_heads) or not arrivals.is_contiguous():
+        raise ValueError(f"arrivals: expected [{num_arrivals(kv_heads)}] or more, contiguous")
     q = qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
     check_attention(q, k_cache, v_cache, page_table, rows, kv_lens, scale, window, out)
     check_decode(q, rows, max_kv_len)
     if use_triton(qkv):
-        _launch(q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary, None)
+        _launch(
+            q, k_cache, v_cache, page_table, rows, kv_lens, max_kv_len, scale, window, out, rotary, arrivals, None
+        )  # fmt: skip
         return
     positions = (kv_lens - 1).clamp_min(0)
     page_size = k_cache.shape[1]
@@ -365,6 +411,7 @@ def _launch(
     window: int,
     out: torch.Tensor,
     rotary: Rotary | None,
+    arrivals: torch.Tensor | None,
     cascade: CascadeTiles | None,
 ) -> None:
     """Launch the kernels; the arguments are checked."""
@@ -376,14 +423,16 @@ def _launch(
     block_d = max(16, next_power_of_2(head_dim))
     if window or max_parts_of(max_kv_len, window, tile.block_n, many=False) == 1:
         cascade = None
-    many = cascade is None and rotary is None and batch >= many_sequences(kv_heads)
+    visible = min(max_kv_len, window) if window else max_kv_len
+    many = cascade is None and rotary is None and batch >= many_sequences(kv_heads, visible)
     max_parts = max_parts_of(max_kv_len, window, tile.block_n, many)
+    merges = arrivals is not None and batch in MERGED and 1 < max_parts <= MERGED_SPLITS
     partial = torch.empty(batch, max_parts, heads, head_dim, dtype=torch.float32, device=q.device)
     logsumexp = torch.empty(batch, max_parts, heads, dtype=torch.float32, device=q.device)
     inputs = q, k_cache, v_cache, page_table, rows, kv_lens
     if cascade is not None:
         attention_cascade(*inputs, cascade, partial, logsumexp, scale=scale)
-    launch = dependent_launch(q.device)
+    launch, block = dependent_launch(q.device), combine_block(q.device)
     processors, programs = num_multiprocessors(q.device), max_parts * kv_heads * batch
     prefetch = 0
     if launch["PDL"] and cascade is None:
@@ -399,6 +448,7 @@ def _launch(
         max_parts,
         *(rotary or (None, None, None, 0.0)),
         cascade.shared_splits if cascade is not None else None,
+        arrivals,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -412,15 +462,16 @@ def _launch(
         HAS_K_NORM=rotary is not None and rotary.k_norm is not None,
         HAS_SHARED=cascade is not None,
         IS_MANY=many,
+        MERGES=merges,
         PREFETCH=prefetch,
         PREFETCHING=FIRST_PROGRAMS * processors,
+        BLOCK_S=block["BLOCK_S"],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **launch,
     )
-    if max_parts == 1:
+    if max_parts == 1 or merges:
         return
-    block = combine_block(q.device)
     _combine_kernel[(cdiv(heads, block["BLOCK_H"]), batch)](
         partial,
         logsumexp,

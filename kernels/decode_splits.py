@@ -130,7 +130,8 @@ def combine_parts(
     logsumexp_ptr,
     out_ptr,
     sequence,
-    head_block,
+    first_head,
+    end_head,
     num_parts,
     max_parts,
     HEADS: tl.constexpr,
@@ -139,11 +140,12 @@ def combine_parts(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write a sequence's output for BLOCK_H heads, from the workspaces partial  # [B, max_parts, H, D] and logsumexp
-    # [B, max_parts, H]."""
-    heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)
+    """Write a sequence's output for the heads first_head..end_head, up to BLOCK_H, from the workspaces partial
+    # [B, max_parts, H, D] and logsumexp  # [B, max_parts, H]."""
+    heads = first_head + tl.arange(0, BLOCK_H)
+    is_head = heads < end_head
     dims = tl.arange(0, BLOCK_D)
-    mask = (heads < HEADS)[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = is_head[:, None] & (dims < HEAD_DIM)[None, :]
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     running_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -153,7 +155,7 @@ def combine_parts(
         for place in tl.static_range(BLOCK_S):
             part = start + place + heads * 0
             slots = (sequence * max_parts + part) * HEADS + heads
-            stored = (heads < HEADS) & (part < num_parts)
+            stored = is_head & (part < num_parts)
             values = partial_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
             sums += (tl.load(logsumexp_ptr + slots, mask=stored, other=float("-inf")),)  # type: ignore[assignment]
             partials += (tl.load(values, mask=stored[:, None] & mask, other=0.0),)  # type: ignore[assignment]

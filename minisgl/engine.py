@@ -23,9 +23,9 @@ from minisgl.cascade import CascadePlanner, packed_length
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
-from minisgl.graphs import Key, StepGraphs, padded_size
+from minisgl.graphs import BATCH_SIZES, Key, StepGraphs, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, min_members, tile_members
-from minisgl.kernels.attention_decode import many_sequences
+from minisgl.kernels.attention_decode import FEW_KEYS, kinds_of_batches, many_sequences
 from minisgl.kernels.compile_ahead import compile_ahead
 from minisgl.kernels.launch import use_device, use_triton
 from minisgl.kernels.logits import edit_logits
@@ -78,10 +78,11 @@ class Engine:
             self.sampler = Sampler(self.model.shard, self.group)
             load_weights(self.model, folder, config.load_format, config.seed)
             block = ops.query_block(model_config.head_dim, self.device, self.dtype)
-            self.rows = RowTable(config.max_running, max_len, config.page_size, block, self.device)
+            self._batch_sizes = BATCH_SIZES
+            padded = padded_size(config.max_running, self._batch_sizes)
+            self.rows = RowTable(config.max_running, padded, max_len, config.page_size, block, self.device)
             # All zeros between steps; see `kernels.logits`.
-            counts = (padded_size(config.max_running), self.model.shard.vocab.size)
-            self._counts = torch.zeros(counts, dtype=torch.int32, device=self.device)
+            self._counts = torch.zeros(padded, self.model.shard.vocab.size, dtype=torch.int32, device=self.device)
             if self.device.type == "cuda":
                 self._compile_kernels(config)
             num_pages = config.num_pages or self.group.min(self._profile_pages(config, allocated_before))
@@ -241,7 +242,11 @@ class Engine:
     def _new_graphs(self) -> StepGraphs | None:
         if self.device.type == "cpu" or self.config.max_graph_batch == 0:
             return None
-        return StepGraphs(self.rows, self.run_key, self.config.max_graph_batch, self.group)
+        kv_heads, max_len = self.model.shard.kv_heads.size, self.rows.tokens.shape[1]
+        short_sizes = range(many_sequences(kv_heads, FEW_KEYS), many_sequences(kv_heads, max_len))
+        return StepGraphs(
+            self.rows, self.run_key, self.config.max_graph_batch, self.group, self._batch_sizes, short_sizes
+        )
 
     # -- memory --
 
@@ -324,11 +329,11 @@ class Engine:
         prompt.row = 0
         step = Step(chunks=[Chunk(prompt, 0, 2, 0, samples=True)], new_rows=[prompt])
         self._run(rows.load(step), kv)
-        self._run(decodes(1, 1), kv)  # a grid that is small enough to ask for keys ahead
-        many = many_sequences(self.model.shard.kv_heads.size)
-        for size in (1, *(border + 1 for border in self.model.stream_borders), many):
-            if size <= padded_size(config.max_running):
-                self._run(decodes(size, max_len), kv)
+        borders, most = self.model.stream_borders, padded_size(config.max_running, self._batch_sizes)
+        kinds = kinds_of_batches(self.model.shard.kv_heads.size, min(max(borders[-1], 1), most), max_len)
+        for size, bound in sorted(kinds | {(border + 1, max_len) for border in borders}):
+            if size <= most:
+                self._run(decodes(size, bound), kv)
         self.model.hidden(decodes(1, max_len), kv)  # as decodes beside chunks
         if together := self._tile_members(config):
             members = min_members(together)  # as many as make a tile; it has nothing to do

@@ -20,7 +20,7 @@ Knows steps and the row table. Does not know models.
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from minisgl.batch import Batch
 from minisgl.cascade import CascadePlan, packed_length
 from minisgl.forward import Forward, Wanted
 from minisgl.kernels.attention_cascade import CascadeTiles
+from minisgl.kernels.attention_decode import FEW_KEYS
 from minisgl.parallel import ParallelGroup
 from minisgl.rows import Room, RowTable, pack
 from minisgl.scheduler import Step
@@ -53,9 +54,9 @@ SAMPLES = (8, 32, *range(64, 256, 64), *range(256, 4097, 256))
 CHUNKS = 64
 
 
-def padded_size(batch: int) -> int:
+def padded_size(batch: int, sizes: Sequence[int]) -> int:
     """The size of the graph that holds a batch."""
-    return BATCH_SIZES[bisect_left(BATCH_SIZES, batch)] if batch <= BATCH_SIZES[-1] else batch
+    return sizes[bisect_left(sizes, batch)] if batch <= sizes[-1] else batch
 
 
 def _below(sizes: Sequence[int], size: int) -> int:
@@ -84,13 +85,22 @@ class Captured(NamedTuple):
 
 
 class StepGraphs:
-    """Steps of up to `max_batch` decodes, and beside them chunks of some tokens; `forward` runs a batch as a key
-    says."""
+    """Steps of up to `max_batch` decodes, padded to one of the `sizes`, ascending, and beside them chunks of some
+    tokens; `forward` runs a batch as a key says. Of `short_sizes` there are graphs for contexts of up to FEW_KEYS
+    tokens too."""
 
     def __init__(
-        self, rows: RowTable, forward: Callable[[Batch, Key], Forward], max_batch: int, group: ParallelGroup
+        self,
+        rows: RowTable,
+        forward: Callable[[Batch, Key], Forward],
+        max_batch: int,
+        group: ParallelGroup,
+        sizes: Sequence[int],
+        short_sizes: Container[int],
     ) -> None:
         self.rows = rows
+        self._sizes = sizes
+        self._short_sizes = short_sizes
         self.max_batch = max_batch
         # Several ranks exchange sums of so many tokens through NCCL, which no graph has captured yet.
         self.max_tokens = TOKENS[-1] if group.size == 1 else 0
@@ -142,17 +152,18 @@ class StepGraphs:
         batch, tokens, sampled = len(step.decodes), 0, step.sampled
         if batch > self.max_batch:
             return None
-        size = padded_size(batch)
+        size = padded_size(batch, self._sizes)
         if step.chunks:
             keeps = any(chunk.pools or chunk.scores for chunk in step.chunks)
             if keeps or step.num_tokens > self.max_tokens or len(sampled) > SAMPLES[-1] or len(step.chunks) > CHUNKS:
                 return None
             tokens = TOKENS[bisect_left(TOKENS, step.num_tokens)]
-            size = min(SAMPLES[bisect_left(SAMPLES, len(sampled))], padded_size(self._max_rows), tokens)
+            size = min(SAMPLES[bisect_left(SAMPLES, len(sampled))], padded_size(self._max_rows, self._sizes), tokens)
         longest = max((request.length for request in sampled), default=0)
+        bounds = (FEW_KEYS, *CONTEXT_BOUNDS) if size in self._short_sizes else CONTEXT_BOUNDS
         return Key(
             size=size,
-            bound=min(CONTEXT_BOUNDS[bisect_left(CONTEXT_BOUNDS, longest)], self._max_len),
+            bound=min(bounds[bisect_left(bounds, longest)], self._max_len),
             tile_members=step.cascade.tile_members if step.cascade else 0,
             wanted=wanted,
             masked=masked,
@@ -189,7 +200,7 @@ class StepGraphs:
                 self.max_tokens = _below(TOKENS, key.tokens)
                 log.warning("no memory to capture steps of %d tokens: they run eagerly, slower", key.tokens)
             else:
-                self.max_batch = _below(BATCH_SIZES, key.size)
+                self.max_batch = _below(self._sizes, key.size)
                 log.warning("no memory to capture decode steps of %d rows: they run eagerly, slower", key.size)
             return False
         self._graphs[key] = Captured(graph, made, inputs)

@@ -26,9 +26,11 @@ PARAMS_WORDS = 7  # of a new row in the upload
 
 
 class RowTable:
-    """R rows of device state; see `batch.py` for the legend."""
+    """R rows of device state; see `batch.py` for the legend. A batch has up to `most_padded` of them and padding."""
 
-    def __init__(self, num_rows: int, max_len: int, page_size: int, query_block: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, most_padded: int, max_len: int, page_size: int, query_block: int, device: torch.device
+    ) -> None:
         self.page_size = page_size
         self.query_block = query_block
         self.max_pages = -(-max_len // page_size)
@@ -42,8 +44,8 @@ class RowTable:
         self.top_k = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.seed = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.edits = RowEdits(self.tokens)
-        # What `batch` reads of decoding rows, the same in every step (a padded batch may exceed the rows).
-        self._places = places = torch.arange(2 * num_rows + 2, dtype=torch.int32, device=device)
+        # What `batch` reads of decoding rows, the same in every step.
+        self._places = places = torch.arange(most_padded + 1, dtype=torch.int32, device=device)
         self._from_length, self._zeros = torch.full_like(places, -1), torch.zeros_like(places)
 
     def load(self, step: Step) -> Batch:

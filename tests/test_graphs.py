@@ -47,11 +47,11 @@ class Replayed(StepGraphs):
         return True
 
 
-def use_graphs(monkeypatch, kind, max_batch=512):
+def use_graphs(monkeypatch, kind, max_batch=512, short_sizes=()):
     """Let engines on a CPU make graphs too."""
 
-    def new_graphs(engine):
-        return kind(engine.rows, engine.run_key, max_batch, engine.group)
+    def new_graphs(made):
+        return kind(made.rows, made.run_key, max_batch, made.group, made._batch_sizes, short_sizes)
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(Engine, "_new_graphs", new_graphs)
@@ -130,6 +130,18 @@ def test_steps_that_no_graph_holds_run_eagerly(folder, monkeypatch):
     assert keys_of(short[:3]) == keys_of(short) == []
     assert keys_of([list(range(129))]) == [(1, 0)]
     assert keys_of(short[:1], replace(params, prompt_logprobs=0)) == [(1, 0)]
+
+
+def test_short_contexts_have_graphs_of_their_own_where_attention_has_a_kernel_for_them(folder, monkeypatch):
+    use_graphs(monkeypatch, Replayed, short_sizes=range(2, 4))
+    monkeypatch.setattr(graphs, "FEW_KEYS", 40)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.0)  # 30 tokens become 54
+    prompts = [list(range(start, start + 30)) for start in range(3)]
+    with LLM(folder, **{**SMALL, "max_step_tokens": 128}) as llm:
+        for count in (1, 2, 3):
+            llm.generate(prompts[:count], params)
+        keys = llm.core.engine.graphs.keys
+    assert sorted((key.size, key.bound) for key in keys if not key.tokens) == [(1, 256), (2, 40), (2, 256), (4, 256)]
 
 
 def test_without_memory_for_a_capture_steps_run_eagerly(folder, monkeypatch, caplog):

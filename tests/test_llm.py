@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from minisgl import LLM, MinisglError, SamplingParams
+from minisgl import LLM, MinisglError, SamplingParams, graphs
 from minisgl import cascade as cascade_module
+from minisgl import engine as engine_module
 from minisgl.kernels import attention_decode
 from minisgl.kernels.launch import architecture
 from tests.tiny_models import NAMES, VOCAB_SIZE, WIDE, prompts_of_all_kinds
@@ -242,23 +243,30 @@ def test_nothing_compiles_after_the_start(tiny_model, tmp_path, monkeypatch, nam
     from triton import knobs
 
     compiled: list[str] = []
-    monkeypatch.setattr(attention_decode, "MANY", 31)  # of one KV head: above max_running, in its padding
+    for module in (attention_decode, engine_module, graphs):
+        monkeypatch.setattr(module, "FEW_KEYS", 200)
     monkeypatch.setattr(cascade_module, "BREAK_EVEN_BYTES_PER_KEY", 0)
     model, shared = sharing_a_prefix(tiny_model(name), tmp_path)
-    options = {"page_size": 16, "max_running": 30, "num_pages": 1500, "max_graph_batch": max_graph_batch}
+    kv_heads = json.loads((model / "config.json").read_text())["num_key_value_heads"]
+    # 50 sequences are above max_running, in its padding; contexts get longer than the few keys.
+    monkeypatch.setattr(attention_decode, "MANY", 50 * kv_heads)
+    monkeypatch.setattr(attention_decode, "MANY_OF_FEW_KEYS", 20 * kv_heads)
+    options = {"page_size": 16, "max_running": 40, "num_pages": 2000, "max_graph_batch": max_graph_batch}
     with LLM(model, device="cuda", dtype="bfloat16", **options) as llm:
-        assert attention_decode.many_sequences(llm.core.engine.model.shard.kv_heads.size) <= 32
         knobs.runtime.jit_post_compile_hook = lambda **options: compiled.append(options["fn"].name)
         try:
             llm.generate(prompts_of_all_kinds(), GREEDY)
             for seed in range(1, 4):
                 llm.generate(prompts_of_all_kinds(seed)[seed:] * seed, SamplingParams(top_k=5, max_tokens=7 + seed))
-            llm.generate([[1, 2, 3]] * 30, GREEDY)
+            for count in (12, 25, 40):
+                llm.generate([[1, 2, 3]] * count, GREEDY)
             llm.generate(shared, GREEDY)
         finally:
             knobs.runtime.jit_post_compile_hook = None
         planner = llm.core.scheduler.cascade
         assert planner and planner.num_plans > 0
+        if max_graph_batch:
+            assert any(key.bound == 200 for key in llm.core.engine.graphs.keys)
     assert not compiled
 
 

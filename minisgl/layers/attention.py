@@ -100,9 +100,11 @@ class Attention:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         cos_sin: torch.Tensor,
+        arrivals: torch.Tensor,
         norm_after: RMSNorm,
     ) -> Stream:
-        """The same for a small batch of decodes alone, added to the stream that `norm_after` reads."""
+        """The same for a small batch of decodes alone, added to the stream that `norm_after` reads. `arrivals` is a
+        workspace of attention's kernel."""
         qkv = self.qkv.of_stream(stream)
         out = qkv.new_empty(qkv.shape[0], self.num_heads, self.head_dim)
         attention_decode_rotary(
@@ -114,6 +116,7 @@ class Attention:
             batch.kv_lens,
             batch.max_decode_len,
             self._rotary(cos_sin),
+            arrivals,
             scale=self.scale,
             window=self.window,
             out=out,

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from minisgl.batch import Batch, KVCache
+from minisgl.kernels.attention_decode import num_arrivals
 from minisgl.kernels.launch import use_triton
 from minisgl.kernels.skinny_matmul import Stream, normed_matmul, row_borders
 from minisgl.layers import Empty, Target, join
@@ -50,10 +51,11 @@ class DecoderLayer:
         keys: torch.Tensor,
         values: torch.Tensor,
         cos_sin: torch.Tensor,
+        arrivals: torch.Tensor,
         norm_after: RMSNorm,
     ) -> Stream:
-        """The layer for a small batch of decodes, in six launches; `norm_after` reads what it returns."""
-        stream = self.attention.decode(stream, batch, keys, values, cos_sin, self.mlp_norm)
+        """The layer for a small batch of decodes, in up to six launches; `norm_after` reads what it returns."""
+        stream = self.attention.decode(stream, batch, keys, values, cos_sin, arrivals, self.mlp_norm)
         return self.mlp.decode(stream, norm_after)
 
     def targets(self) -> dict[str, Target]:
@@ -103,6 +105,8 @@ class Decoder:
         fused = ops.streams and use_triton(self.lm_head) and dtype != torch.float16 and group.sums_into_streams
         self.stream_borders = row_borders(dtype, device) if fused else [0]
         self.cos_sin = cos_sin_table(config.rope, config.head_dim, max_len, device)  # [max_len, D] fp32
+        # Where programs of attention meet: one step at a time may run.
+        self.arrivals = torch.zeros(num_arrivals(shard.kv_heads.size), dtype=torch.int32, device=device)
 
     def forward(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         """Store the batch's keys and values in `kv` and return logits  # [N, V] in the model's dtype."""
@@ -170,7 +174,7 @@ class Decoder:
         """`forward` for a small batch of decodes: norms, gates and additions are part of the matmuls."""
         stream = self.embed.stream(batch.input_ids, self.layers[0].attention_norm)
         for layer, norm_after, keys, values in zip(self.layers, self.norms_after, kv.keys, kv.values, strict=True):
-            stream = layer.decode(stream, batch, keys, values, self.cos_sin, norm_after)
+            stream = layer.decode(stream, batch, keys, values, self.cos_sin, self.arrivals, norm_after)
         return normed_matmul(stream, self.lm_head)
 
     def targets(self) -> dict[str, Target]:

@@ -56,11 +56,11 @@ class Problem(NamedTuple):
         decode._attention_decode_kernel[(max_splits * kv_heads, batch)](
             *self[:6], *workspace, torch.empty_like(self.q),
             self.scale * LOG2_E, self.q.stride(0), self.page_table.stride(0), max_splits,
-            None, None, None, 0.0, None,
+            None, None, None, 0.0, None, None,
             HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE_SIZE=page_size, WINDOW=0,
             BLOCK_G=module._block_rows(heads, kv_heads), BLOCK_N=tile.block_n,
             BLOCK_D=max(16, 1 << (head_dim - 1).bit_length()), ROTARY=False, HAS_Q_NORM=False, HAS_K_NORM=False,
-            HAS_SHARED=False, IS_MANY=False, PREFETCH=0, PREFETCHING=0,
+            HAS_SHARED=False, IS_MANY=False, MERGES=False, PREFETCH=0, PREFETCHING=0, BLOCK_S=1,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **dependent_launch(self.q.device),
         )  # fmt: skip
         return workspace

@@ -225,10 +225,11 @@ def test_with_rotary_equals_rotary_store_first(device, dtype, window, with_norm,
     expected = problem._replace(q=q, k_cache=caches[0], v_cache=caches[1]).launch(window)
     out = torch.full_like(expected, float("nan"))
     before = qkv.clone()
-    arguments = (*problem[1:], max(kv_lens), rotary)
+    arrivals = torch.zeros(module.num_arrivals(kv_heads), dtype=torch.int32, device=device)
+    arguments = (*problem[1:], max(kv_lens), rotary, arrivals)
     attention_decode_rotary(qkv, *arguments, scale=head_dim**-0.5, window=window, out=out)
 
-    assert torch.equal(qkv, before)
+    assert torch.equal(qkv, before) and not arrivals.any()
     assert torch.equal(out, expected)
     for cache, stored in zip((problem.k_cache, problem.v_cache), caches, strict=True):
         assert torch.equal(cache.nan_to_num(), stored.nan_to_num())
@@ -240,7 +241,80 @@ def test_with_rotary_equals_rotary_store_first(device, dtype, window, with_norm,
     attention_decode_rotary(qkv, *arguments, scale=head_dim**-0.5, window=window, out=out)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert torch.equal(out[2:], expected[2:])
-    assert problem.k_cache.flatten(0, 1)[int(slots[1])].isnan().all()
+    assert problem.k_cache.flatten(0, 1)[int(slots[1])].isnan().all() and not arrivals.any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9])
+def test_whoever_combines_the_splits_the_bits_are_the_same(device, dtype, count):
+    """The last program to finish, or a second launch: of one sequence, of more than it pays for, of many splits."""
+    lengths = [700, 129, 2100, 64, 128, 1, 90, 200, 300][-count:]
+    problem = make_problem(lengths, 3, 1, 64, 64, device, dtype)
+    rotary = Rotary(torch.randn(2200, 64, device=device), None, None, 1e-6)
+    qkv = torch.randn(count, 5 * 64, device=device, dtype=dtype)
+    arrivals = torch.zeros(module.num_arrivals(1), dtype=torch.int32, device=device)
+    out = {bound: torch.empty(count, 3, 64, device=device, dtype=dtype) for bound in (max(lengths), 9000)}
+    for _ in range(2):
+        for bound, found in out.items():
+            attention_decode_rotary(
+                qkv, *problem[1:], bound, rotary, arrivals, scale=1.0, out=found.fill_(float("nan"))
+            )
+            assert not arrivals.any()
+    merged, apart = out.values()
+    assert torch.equal(merged, apart) and not merged.isnan().any()
+
+
+def test_arrivals_that_are_too_few(device, dtype):
+    problem = make_problem([5], 2, 1, 64, 16, device, dtype)
+    qkv, rotary = problem.q.new_zeros(1, 4 * 64), Rotary(torch.zeros(9, 64, device=device), None, None, 1e-6)
+    for size in (module.num_arrivals(1) - 1, 0):
+        arrivals = torch.zeros(size, dtype=torch.int32, device=device)
+        with pytest.raises(ValueError, match="arrivals: expected"):
+            attention_decode_rotary(qkv, *problem[1:], 5, rotary, arrivals, scale=1.0, out=torch.empty_like(problem.q))
+
+
+class Recorder:
+    """Stands in for a kernel and notes which ones are launched: what they are compiled for."""
+
+    def __init__(self, *names: str) -> None:
+        self.names, self.launched = names, set()
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launched.add(tuple(options[name] for name in self.names))
+
+
+@pytest.mark.parametrize("window", [0, 9, 1000])
+@pytest.mark.parametrize("kv_heads", [1, 8, 20])
+def test_the_kinds_of_batches_launch_every_kernel(monkeypatch, kv_heads, window):
+    monkeypatch.setattr(module, "use_triton", lambda x: True)
+    monkeypatch.setattr(module, "num_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(module, "dependent_launch", lambda device: {"PDL": True, "launch_pdl": True})
+    cache, table = torch.empty(1, 64, kv_heads, 16), torch.zeros(1, 200, dtype=torch.int32)
+    rotary = Rotary(torch.empty(9000, 16), None, None, 1e-6)
+    arrivals = torch.zeros(module.num_arrivals(kv_heads), dtype=torch.int32)
+
+    def kernels_of(batches: set[tuple[int, int]], most_rotated: int) -> list[set]:
+        kernels = Recorder("ROTARY", "IS_MANY", "MERGES", "PREFETCH"), Recorder("IS_MANY")
+        monkeypatch.setattr(module, "_attention_decode_kernel", kernels[0])
+        monkeypatch.setattr(module, "_combine_kernel", kernels[1])
+        for size, bound in batches:
+            qkv, index = torch.empty(size, 3 * kv_heads * 16), torch.zeros(size, dtype=torch.int32)
+            q = qkv[:, : kv_heads * 16].unflatten(1, (-1, 16))
+            options = {"scale": 1.0, "window": window, "out": torch.empty(size, kv_heads, 16)}
+            if size <= most_rotated:
+                attention_decode_rotary(qkv, cache, cache, table, index, index, bound, rotary, arrivals, **options)
+            else:
+                attention_decode(q, cache, cache, table, index, index, bound, **options)
+        return [kernel.launched for kernel in kernels]
+
+    for most in (1, 2, 3, 4, 8, 9, 16, 32, 80, 600):
+        rotated = min(most, 16)
+        for max_len in (40, 100, 500, 1000, 1500, 2048, 9000):
+            kinds = module.kinds_of_batches(kv_heads, rotated, max_len) | {(rotated + 1, max_len)}
+            found = kernels_of({(size, bound) for size, bound in kinds if size <= most}, rotated)
+            bounds = {min(bound, max_len) for bound in (1, 64, 65, 128, 129, 512, 1024, 1025, 2048, 2049, 9000)}
+            sizes = {*range(1, rotated + 1), *(size for size in (17, 20, 32, 64, 80, 600) if size <= most)}
+            expected = kernels_of({(size, bound) for size in sizes for bound in bounds}, rotated)
+            assert found == expected, (most, max_len)
 
 
 def test_no_sequences(device, dtype):
