@@ -9,7 +9,7 @@ Knows tensors and memory. Does not know scheduling, text or files.
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -23,11 +23,11 @@ from minisgl.cascade import CascadePlanner, packed_length
 from minisgl.config import EngineConfig
 from minisgl.errors import MinisglError
 from minisgl.forward import EVERYTHING, NOTHING_MORE, Forward, Logprobs, Wanted
-from minisgl.graphs import BATCH_SIZES, Key, StepGraphs, padded_size
+from minisgl.graphs import BATCH_SIZES, LOSING_ON_HOPPER, Key, StepGraphs, padded_size
 from minisgl.kernels.attention_cascade import CascadeTiles, min_members, tile_members
 from minisgl.kernels.attention_decode import FEW_KEYS, kinds_of_batches, many_sequences
 from minisgl.kernels.compile_ahead import compile_ahead
-from minisgl.kernels.launch import use_device, use_triton
+from minisgl.kernels.launch import hopper_module, use_device, use_triton
 from minisgl.kernels.logits import edit_logits
 from minisgl.kernels.rms_norm import early_tokens
 from minisgl.layers.ops import FASTEST, INVARIANT
@@ -78,7 +78,7 @@ class Engine:
             self.sampler = Sampler(self.model.shard, self.group)
             load_weights(self.model, folder, config.load_format, config.seed)
             block = ops.query_block(model_config.head_dim, self.device, self.dtype)
-            self._batch_sizes = BATCH_SIZES
+            self._batch_sizes = self._sizes_of_batches()
             padded = padded_size(config.max_running, self._batch_sizes)
             self.rows = RowTable(config.max_running, padded, max_len, config.page_size, block, self.device)
             # All zeros between steps; see `kernels.logits`.
@@ -247,6 +247,12 @@ class Engine:
         return StepGraphs(
             self.rows, self.run_key, self.config.max_graph_batch, self.group, self._batch_sizes, short_sizes
         )
+
+    def _sizes_of_batches(self) -> Sequence[int]:
+        """Numbers of rows that decode batches are padded to, ascending."""
+        whole = self.group.size == 1 and self.dtype.itemsize == 2 and self.model.ops.streams
+        on_hopper = whole and hopper_module("matmul_sm90", self.device) is not None
+        return [size for size in BATCH_SIZES if not on_hopper or size not in LOSING_ON_HOPPER]
 
     # -- memory --
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minisgl import LLM, SamplingParams, graphs
+from minisgl import LLM, SamplingParams, engine, graphs
 from minisgl.engine import Engine
 from minisgl.forward import NOTHING_MORE, Forward
 from minisgl.graphs import Captured, Key, StepGraphs
@@ -142,6 +142,15 @@ def test_short_contexts_have_graphs_of_their_own_where_attention_has_a_kernel_fo
             llm.generate(prompts[:count], params)
         keys = llm.core.engine.graphs.keys
     assert sorted((key.size, key.bound) for key in keys if not key.tokens) == [(1, 256), (2, 40), (2, 256), (4, 256)]
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 12), ("bfloat16", 32)])
+def test_few_rows_are_padded_further_where_hoppers_matmuls_take_over(folder, monkeypatch, dtype, size):
+    use_graphs(monkeypatch, Replayed)
+    monkeypatch.setattr(engine, "hopper_module", lambda name, device: engine)
+    with LLM(folder, **{**SMALL, "dtype": dtype, "max_running": 10}) as llm:
+        llm.generate([[place, 1, 2] for place in range(10)], SamplingParams(max_tokens=4, ignore_eos=True))
+        assert [key.size for key in llm.core.engine.graphs.keys if not key.tokens] == [size]
 
 
 def test_without_memory_for_a_capture_steps_run_eagerly(folder, monkeypatch, caplog):
