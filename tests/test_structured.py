@@ -35,7 +35,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer):
-    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE, EOS_IDS, timeout_s=2.0)
+    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE, EOS_IDS, timeout_s=60.0)
     yield compiler
     compiler.close()
 
@@ -397,7 +397,6 @@ def chain(length):
 
 
 LONG_CHAIN = "start: a0\n" + "".join(f'a{i}: a{i + 1} "x"\n' for i in range(5000)) + 'a5000: "y"\n'
-PATTERNS = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(1, 30)]}
 PRODUCT = {"allOf": [{"anyOf": [{"properties": {f"p{i}_{j}": True}} for j in range(3)]} for i in range(30)]}
 
 
@@ -424,26 +423,36 @@ PRODUCT = {"allOf": [{"anyOf": [{"properties": {f"p{i}_{j}": True}} for j in ran
         ({"grammar": LONG_CHAIN}, "nests too deeply"),  # overflows the stack of llguidance
         ({"json_schema": chain(6000)}, "nests too deeply"),
         ({"json_schema": PRODUCT}, "schema too large"),
-        (
-            {"json_schema": {"anyOf": [{"properties": {f"p{i}": True}} for i in range(2000)]}},
-            "Too many items|not compiled within",
-        ),
-        ({"json_schema": PATTERNS}, "not compiled within 2 s"),
+        ({"json_schema": {"anyOf": [{"properties": {f"p{i}": True}} for i in range(2000)]}}, "Too many items"),
     ],
 )
-def test_bad_and_explosive_grammars_are_refused_in_time(compiler, form, reason):
+def test_bad_and_explosive_grammars_are_refused(compiler, form, reason):
+    """By what is wrong with them, whatever time that takes here; the explosive ones would take hours or all memory."""
     response_format = ResponseFormat(**form)
-    for attempt in range(2):
-        start = time.perf_counter()
+    for _ in range(2):
         with pytest.raises(RequestError, match=reason) as caught:
             grammar = compiler.compile(response_format)
             matcher = grammar.matcher()
             matcher.fill_mask(np.zeros(NUM_WORDS, np.int32))
             raise matcher.error
-        assert time.perf_counter() - start < (6 if attempt == 0 else 1)  # the reason is kept
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
     assert compiler.compile(ResponseFormat(choice=["yes"])).matcher().forced_tokens()
+
+
+def test_what_takes_too_long_is_refused_in_time_and_the_reason_is_kept(tokenizer):
+    patterns = {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(1, 30)]}
+    compiler = GrammarCompiler(tokenizer, VOCAB_SIZE, EOS_IDS, timeout_s=2.0)
+    compiler.compile(ResponseFormat(choice=["yes"]))  # the tokenizer is read
+    took = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with pytest.raises(RequestError, match="not compiled within 2 s"):
+            compiler.compile(ResponseFormat(json_schema=patterns))
+        took.append(time.perf_counter() - start)
+    assert took[0] < 20 and took[1] < 2  # 2 s and microseconds, where nothing else runs
+    assert compiler.compile(ResponseFormat(choice=["yes"])).matcher().forced_tokens()
+    compiler.close()
 
 
 @pytest.mark.parametrize(
@@ -453,7 +462,7 @@ def test_large_counts_cost_nothing(compiler, form):
     start = time.perf_counter()
     ids, complete = draw(compiler.compile(ResponseFormat(**form)).matcher(), np.random.default_rng(0), max_tokens=50)
     assert complete or len(ids) == 50
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 20  # 0.1 s, where nothing else runs
 
 
 def test_equal_formats_share_a_grammar_and_the_oldest_is_dropped(tokenizer):

@@ -14,9 +14,8 @@ import sys
 import threading
 from typing import Any
 
-STACK_BYTES = (
-    1 << 20
-)  # of the child: what passes has room on the engine's threads, of which rayon's are least, at 2 MiB
+# Of the child: what passes has room on the engine's threads, of which rayon's are least, at 2 MiB.
+STACK_BYTES = 1 << 20
 MEMORY_BYTES = 4 << 30  # of addresses
 START_TIMEOUT_S = 120.0
 

@@ -45,5 +45,5 @@ def test_it_does_not_wait_for_input_that_does_not_come() -> None:
     started = time.monotonic()
     assert feeder.take(wait=False) == [] and feeder.take(wait=True) == []
     feeder.close()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10  # 0.6 s, where nothing else runs
     block.set()

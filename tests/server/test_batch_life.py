@@ -58,7 +58,7 @@ class World:
 
 
 async def until(done: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 10
+    limit = time.monotonic() + 60
     while not done():
         assert time.monotonic() < limit
         await asyncio.sleep(0.01)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not any(MODEL_PATH.glob("*.safetensors")), reaso
 LONG = {"prompt": "Once", "max_tokens": 1900, "ignore_eos": True}
 
 
-def until(condition: Callable[[], bool], limit_s: float = 10) -> float:
+def until(condition: Callable[[], bool], limit_s: float = 60) -> float:
     """Seconds until it holds."""
     start = time.monotonic()
     while not condition():
@@ -152,7 +152,7 @@ def test_what_takes_longer_than_the_drain_is_aborted(serve: Callable[..., Runnin
         until(lambda: running.stats()["num_running_reqs"] == 8)
         start = time.monotonic()
         assert running.stop() == 0
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
         assert {choice["finish_reason"] for choice in call.result().json()["choices"]} == {"abort"}
 
 
