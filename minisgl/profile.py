@@ -54,18 +54,23 @@ class StepTrace:
 
     def finish(self) -> None:
         """Write what was traced; nothing the second time. MinisglError when there were too few steps to trace any."""
-        if self._profiler is not None:
+        if (profiler := self._profiler) is not None:
             self._synchronize()
             seconds = perf_counter() - self._started
-            self._profiler.stop()
+            self.stop()
             self._num_traced = self._done - self._first
             if self._num_traced:
-                self._profiler.export_chrome_trace(str(self.folder / "trace.json"))
-                table = kernel_table(self._profiler.events(), seconds, self._num_traced, self._device.type)
+                profiler.export_chrome_trace(str(self.folder / "trace.json"))
+                table = kernel_table(profiler.events(), seconds, self._num_traced, self._device.type)
                 (self.folder / "kernels.txt").write_text(table + "\n", encoding="utf-8")
-            self._profiler = None
         if not self._num_traced:
             raise MinisglError(f"nothing was traced: of {self._done} steps the first {self._first} are skipped")
+
+    def stop(self) -> None:
+        """Trace no more, and write nothing: a profiler that goes on keeps a record of each operator."""
+        if self._profiler is not None:
+            profiler, self._profiler = self._profiler, None
+            profiler.stop()
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -81,8 +86,11 @@ def trace(folder: str | Path, device: torch.device, *, skip: int = 0, steps: int
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     step_done = StepTrace(folder, device, skip, steps)
-    yield step_done
-    step_done.finish()
+    try:
+        yield step_done
+        step_done.finish()
+    finally:
+        step_done.stop()
 
 
 def kernel_table(events: Any, seconds: float, num_steps: int, device_type: str) -> str:

@@ -42,6 +42,7 @@ def test_no_step_to_trace(skip: int, tmp_path: Path) -> None:
 def test_the_error_of_a_step_is_the_one_that_shows(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a step failed"), trace(tmp_path, CPU):
         raise ValueError("a step failed")
+    assert not torch.autograd._profiler_enabled() and not list(tmp_path.iterdir())
 
 
 def test_kernels_by_time_per_step() -> None:
